@@ -1,0 +1,211 @@
+"""The recipe: what a run does, typed and strict.
+
+Defaults, then the method's defaults, then the recipe file, then flags. Every problem is reported at once. The file
+that was resolved is written to the run's folder and repeats the run. This module knows no torch and no method: the
+methods' defaults are handed to `resolve`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sampo_cli.errors import UsageError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Frozen, strict (no "yes" for True, no 1.5 for an integer), unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    name: str = Field(min_length=1, description="Base model: a name on the Hub or a folder.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    adapter: str | None = Field(None, description="Adapter to go on from; a frozen copy of it is the reference.")
+    quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="How the base's linear layers are stored.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Compute dtype; auto is bfloat16 where the device has it."
+    )
+    attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="Attention implementation.")
+    layout: Literal["auto", "shared", "separate"] = Field(
+        "auto", description="One row per pair with a shared prompt, or two rows; auto tests what the model can do."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class DataConfig(Section):
+    sources: list[str] = Field(min_length=1, description="Names on the Hub ('name' or 'name:split'), files, folders.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the Hub data sets.")
+    columns: dict[Literal["prompt", "chosen", "rejected", "system"], str] = Field(
+        default_factory=dict, description="Column names, where they are not recognised."
+    )
+    max_length: Positive = Field(2048, description="Tokens of prompt plus response; the model's context if smaller.")
+    min_prompt_tokens: Positive = Field(128, description="The prompt is not cut below this; responses are cut then.")
+    eval_fraction: Share = Field(0.05, description="Share of pairs held out at random; 0 for none.")
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="A row that cannot be parsed, or whose prompt is no prefix: stop, or drop and count."
+    )
+    chat_template: str | None = Field(None, description="A Jinja file used instead of the tokenizer's template.")
+    template_date: str = Field("2024-07-26", description="The date that templates print, so runs repeat.")
+
+
+class LoraSection(Section):
+    r: Positive = Field(16, description="Rank.")
+    alpha: Positive = Field(32, description="Scale: the update is multiplied by alpha / r.")
+    dropout: Share = Field(0.0, description="Dropout on the adapter's input; 0 keeps policy and reference comparable.")
+    targets: str | list[str] = Field("all-linear", description="Layers: all linear but the head, or names.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
+    dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv 2402.09353).")
+    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+        "default", description="Initialisation; pissa and olora change the base and are refused."
+    )
+
+
+class MethodConfig(Section):
+    name: str = Field("sampo", description="A method of `sampo methods`.")
+    beta: float | None = Field(None, gt=0, description="Strength of the reference; the method's default if empty.")
+    reduction: Literal["sum", "sample", "expected", "average", "mean"] | None = Field(
+        None, description="How token log-ratios become one number; the method's default if empty."
+    )
+    sampling: Literal["paired", "independent"] = Field(
+        "paired", description="Same positions for policy and reference, or the released code's two draws."
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong (cDPO).")
+
+
+class TrainConfig(Section):
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; the method's default if empty.")
+    max_steps: Positive | None = Field(None, description="Optimizer steps, instead of epochs.")
+    batch_pairs: Positive = Field(16, description="Pairs per optimizer step.")
+    tokens_per_microbatch: Positive = Field(4096, description="Positions of one forward pass; lower it to save memory.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak rate; the method's default if empty.")
+    scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
+    warmup_ratio: Share = Field(0.1, description="Share of steps in which the rate rises.")
+    optimizer: Literal["auto", "adamw", "adamw_8bit"] = Field(
+        "auto", description="auto: bitsandbytes' paged 8-bit AdamW on CUDA, torch's elsewhere."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in backward to save memory.")
+    eval_every: Positive | None = Field(None, description="Steps between evaluations; a fifth of the run if empty.")
+    save_every: Positive = Field(50, description="Steps between checkpoints.")
+    keep_checkpoints: Positive = Field(2, description="Older checkpoints are deleted.")
+    seed: int = Field(42, ge=0, description="Of the split, the order, the sampled positions and the adapter.")
+
+
+class OutputConfig(Section):
+    dir: str | None = Field(None, description="The run's folder; made from model, method and data if empty.")
+    keep: Literal["best", "final"] = Field("best", description="Which adapter ends up in adapter/.")
+    best_metric: Literal["loss", "accuracy", "margin"] = Field("loss", description="Held-out metric that decides.")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="Trackers.")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraSection = Field(default_factory=LoraSection)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
+
+    def dump(self) -> str:
+        """The recipe as YAML that loads to an equal one."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` as a string; this reads it as the number that everybody means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise UsageError(f"{place}: not YAML: {getattr(error, 'problem', error)}") from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file as nested dictionaries, not yet checked."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {path}: expected sections such as 'model:' and 'data:'")
+    return content
+
+
+def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
+    """Write `section.key=value` settings into `tree`; values are YAML."""
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not separator or not dot or not name:
+            raise UsageError(f"--set {setting}: expected section.key=value", hint="for example train.save_every=20")
+        put(tree, section, name, parse_yaml(value, f"--set {key}"))
+
+
+def put(tree: dict[str, Any], section: str, key: str, value: Any) -> None:
+    """Set one key of one section; a dotted key goes deeper (`columns.prompt`)."""
+    node = tree.setdefault(section, {})
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else node
+    if not isinstance(node, dict):
+        raise UsageError(f"'{section}' is not a section with keys in this recipe")
+    node[last] = value
+
+
+def validate(tree: Mapping[str, Any]) -> Recipe:
+    """Check a whole tree and return the recipe, or raise one `UsageError` that lists every problem."""
+    try:
+        return Recipe.model_validate(dict(tree))
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+        raise UsageError("the recipe has problems:\n" + "\n".join(f"  {line}" for line in problems)) from error
+
+
+_FLAG_OF = {"model.name": "--model", "data.sources": "--data"}
+
+
+def _problem(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    section, *_ = detail["loc"]
+    if detail["type"] == "extra_forbidden":
+        known = list(Recipe.model_fields)
+        if len(detail["loc"]) > 1:
+            annotation = Recipe.model_fields[str(section)].annotation
+            known = list(annotation.model_fields) if isinstance(annotation, type(BaseModel)) else known
+        return f"{path}: unknown key{nearest(str(detail['loc'][-1]), known)}"
+    if detail["type"] == "missing":
+        missing = {"model": "model.name", "data": "data.sources"}.get(path, path)
+        return f"{missing}: missing; give {_FLAG_OF.get(missing, 'it')} or set it in a recipe"
+    return f"{path}: {detail['msg'].lower()} (got {detail['input']!r})"
+
+
+def resolve(recipe: Recipe, defaults: Mapping[str, Mapping[str, Any]]) -> Recipe:
+    """Fill what was left empty from `defaults`: a section's keys to the method's values."""
+    updates = {}
+    for section, values in defaults.items():
+        current = getattr(recipe, section)
+        empty = {key: value for key, value in values.items() if getattr(current, key) is None}
+        updates[section] = current.model_copy(update=empty)
+    return recipe.model_copy(update=updates)

@@ -1,0 +1,95 @@
+"""Everything that can go wrong in a way the user should read, and the exit code it ends with.
+
+Nothing here prints or exits; only `cli.py` does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a `sampo` process returns. Documented in the README; scripts may rely on it."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    DATA = 3
+    MODEL = 4
+    MEMORY = 5
+    NUMERICS = 6
+    HUB = 7
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class SampoError(Exception):
+    """A failure with a message for the user.
+
+    Args:
+        message: what is wrong and where (path, line, row), in a line or two.
+        hint: what to do next.
+    """
+
+    exit_code = ExitCode.FAILURE
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SampoError):
+    """A flag, a recipe or a folder that cannot be used as asked."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(SampoError):
+    """Pairs that cannot be found, read or used."""
+
+    exit_code = ExitCode.DATA
+
+
+class ModelError(SampoError):
+    """A model, tokenizer or adapter that cannot be found, loaded or used."""
+
+    exit_code = ExitCode.MODEL
+
+
+class OutOfMemory(SampoError):
+    """The device has no room; the hint names what to lower."""
+
+    exit_code = ExitCode.MEMORY
+
+
+class NumericsError(SampoError):
+    """A non-finite loss, a vanished gradient or a reference that is not one."""
+
+    exit_code = ExitCode.NUMERICS
+
+
+class HubError(SampoError):
+    """The Hub or the network said no."""
+
+    exit_code = ExitCode.HUB
+
+
+class Interrupted(SampoError):
+    """The run was asked to stop and has saved itself.
+
+    Args:
+        terminated: True for SIGTERM, False for Ctrl-C.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, terminated: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for a misspelt word, or an empty string where nothing is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
