@@ -6,6 +6,7 @@ cache and then read as a folder, so offline use and local use are the same code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,41 +41,70 @@ def hub_errors(what: str) -> Iterator[None]:
         yield
     except SampoError:
         raise
-    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
-        raise HubError(
-            f"{what}: no network, and it is not in the local cache",
-            hint="check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or give a local folder",
-        ) from error
-    except (hub.LocalTokenNotFoundError, hub.HFValidationError) as error:
-        raise HubError(f"{what}: {first_line(error)}", hint="`hf auth login`, or set HF_TOKEN") from error
+    except hub.OfflineModeIsEnabled as error:
+        raise HubError(f"{what}: the network is switched off", hint="unset HF_HUB_OFFLINE and try again") from error
+    except hub.LocalEntryNotFoundError as error:
+        raise _not_cached(what, error) from error
+    except hub.LocalTokenNotFoundError as error:
+        raise HubError(f"{what}: there is no Hugging Face token", hint=_LOG_IN) from error
+    except hub.HFValidationError as error:
+        raise HubError(f"{what}: {first_line(error)}", hint="a name on the Hub looks like 'owner/name'") from error
     except hub.HfHubHTTPError as error:
         raise _http_error(what, error) from error
     except (ConnectionError, TimeoutError) as error:
-        raise HubError(f"{what}: {first_line(error)}", hint="check the connection and try again") from error
+        raise HubError(f"{what}: {first_line(error)}", hint=_CONNECTION) from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        if type(error).__module__.split(".")[0] not in _TRANSPORTS:
             raise
-        raise HubError(f"{what}: {first_line(error)}", hint="check the connection and try again") from error
+        raise HubError(f"{what}: {first_line(error)}", hint=_CONNECTION) from error
 
 
+_TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+_LOG_IN = "`hf auth login`, or set HF_TOKEN"
+_CONNECTION = "check the connection (and HF_ENDPOINT) and try again"
 _HTTP_HINTS = {
-    401: ("you are not logged in, or the token is wrong", "`hf auth login`, or set HF_TOKEN"),
+    401: ("you are not logged in, or the token is wrong", _LOG_IN),
     403: ("access is denied", "ask for access on the repository's page; a token needs the right scope"),
     404: ("it does not exist, or is private", "check the name and revision; log in if it is private"),
     409: ("it conflicts with what is there", "look at the repository and try again"),
     429: ("too many requests", "wait a few minutes and try again"),
 }
+_SERVER_FAILED = 500
+
+
+def _not_cached(what: str, error: Exception) -> HubError:
+    """The client looked into its cache because the Hub had failed: the reason is what the Hub said."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    reason = error.__cause__
+    if isinstance(reason, HfHubHTTPError):
+        return _http_error(what, reason)
+    off = "HF_HUB_OFFLINE is set" if reason is None or isinstance(reason, OfflineModeIsEnabled) else "no network"
+    return HubError(
+        f"{what}: {off}, and it is not (or not all) in the local cache",
+        hint="check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or give a local folder",
+    )
 
 
 def _http_error(what: str, error: Exception) -> HubError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if type(error).__name__ == "GatedRepoError":
+    from huggingface_hub import errors as hub
+
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if isinstance(error, hub.GatedRepoError):
         return HubError(
             f"{what}: access is gated (HTTP {status})",
             hint="accept the licence on the model's page, then `hf auth login` or set HF_TOKEN",
         )
-    reason, hint = _HTTP_HINTS.get(status or 0, (first_line(error), "the Hub failed; try again later"))
-    return HubError(f"{what}: {reason} (HTTP {status})", hint=hint)
+    if isinstance(error, hub.RepositoryNotFoundError):
+        hint = f"check the name; if it is private: {_LOG_IN}"
+        return HubError(f"{what}: it does not exist, or is private (HTTP {status})", hint=hint)
+    if isinstance(error, hub.RevisionNotFoundError):
+        return HubError(f"{what}: there is no such revision (HTTP {status})", hint="check the branch, tag or commit")
+    refused = ("the Hub refused", "correct that and try again")
+    fallback = ("the Hub failed", "try again later") if status >= _SERVER_FAILED else refused
+    reason, hint = _HTTP_HINTS.get(status, fallback)
+    said = re.sub(r"hf_\w+", "hf_…", " ".join(str(getattr(error, "server_message", None) or "").split()))[:200]
+    return HubError(f"{what}: {reason} (HTTP {status})" + (f": {said}" if said else ""), hint=hint)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,6 @@
+"""`python -m sampo_cli`."""
+
+from sampo_cli.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""All of Rich: the live view, plain lines, panels. stdout is data, stderr is talk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sampo_cli.errors import SampoError
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def show_error(error: SampoError) -> None:
+    """What is wrong and what to do next: a panel on a terminal, lines elsewhere."""
+    if stderr.is_terminal:
+        hint = f"\n[dim]{escape(error.hint)}[/dim]" if error.hint else ""
+        stderr.print(Panel(escape(error.message) + hint, title="error", title_align="left", border_style="red"))
+        return
+    stderr.print(f"error: {error.message}", markup=False, soft_wrap=True)
+    if error.hint:
+        stderr.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
+
+
+def key_value_table(title: str, rows: Mapping[str, Any]) -> Table:
+    """Two columns without a frame, for a handful of facts."""
+    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    for key, value in rows.items():
+        table.add_row(f"[dim]{escape(key)}[/dim]", escape(str(value)))
+    return table
+
+
+def train_line(row: Mapping[str, Any], steps: int) -> str:
+    return (
+        f"step {row['step']}/{steps}  loss {row['loss']:.4f}  margin {row['margin']:+.3f}  "
+        f"accuracy {row['accuracy']:.2f}  kept {row['kept_tokens']}/{row['response_tokens']} tokens  "
+        f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def eval_line(row: Mapping[str, Any]) -> str:
+    return (
+        f"evaluation after step {row['step']}: loss {row['loss']:.4f}  margin {row['margin']:+.3f}  "
+        f"accuracy {row['accuracy']:.2f}  ({row['pairs']} held-out pairs)"
+    )
+
+
+class RunView:
+    """Progress of a training run, on stderr and in the run's `run.log`.
+
+    Args:
+        quiet: nothing on stderr but warnings; the log is written all the same.
+        live: a progress bar instead of a line per step.
+    """
+
+    def __init__(self, *, quiet: bool = False, live: bool = False) -> None:
+        self.quiet = quiet
+        self.steps = 0
+        self._log: TextIO | None = None
+        self._unlogged: list[str] = []
+        self._progress = _progress_bar() if live and not quiet else None
+        self._task: Any = None
+
+    def _write(self, line: str) -> None:
+        if self._log is None:
+            self._unlogged.append(line)
+        else:
+            self._log.write(line + "\n")
+            self._log.flush()
+
+    def note(self, text: str) -> None:
+        self._write(text)
+        if not self.quiet or text.startswith("warning"):
+            stderr.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, folder: Path, steps: int, done: int) -> None:
+        self.steps = steps
+        self._log = (folder / "run.log").open("a", encoding="utf-8")
+        for line in self._unlogged:
+            self._write(line)
+        self._unlogged.clear()
+        self.note(f"training {steps - done} steps into {folder}")
+        if self._progress:
+            self._progress.start()
+            self._task = self._progress.add_task("training", total=steps, completed=done, loss="", margin="", rest="")
+
+    def train_row(self, row: Mapping[str, Any]) -> None:
+        line = train_line(row, self.steps)
+        self._write(line)
+        if self._progress:
+            self._progress.update(
+                self._task,
+                completed=row["step"],
+                loss=f"loss {row['loss']:.3f}",
+                margin=f"margin {row['margin']:+.2f} acc {row['accuracy']:.2f}",
+                rest=f"{row['tokens_per_second']:,.0f} tok/s {row['memory_bytes'] / 2**30:.1f} GiB",
+            )
+        elif not self.quiet:
+            stderr.print(line, markup=False, soft_wrap=True)
+
+    def eval_row(self, row: Mapping[str, Any]) -> None:
+        self.note(eval_line(row))
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+        if self._log:
+            self._log.close()
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[cyan]{task.fields[loss]}"),
+        TextColumn("[green]{task.fields[margin]}"),
+        TextColumn("[dim]{task.fields[rest]}"),
+        console=stderr,
+        transient=True,
+    )
+
+
+@contextmanager
+def run_view(*, quiet: bool) -> Iterator[RunView]:
+    """The view that fits where stderr goes: live on a terminal, plain lines otherwise."""
+    view = RunView(quiet=quiet, live=stderr.is_terminal and not stderr.is_dumb_terminal)
+    try:
+        yield view
+    finally:
+        view.close()
+
+
+def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    """The end of a run: what was reached and what to do next."""
+    evaluation = summary["evaluation"] or {}
+    facts = {
+        "steps": f"{summary['steps']['done']} in {summary['seconds']:.0f} s",
+        **{f"held-out {key}": f"{evaluation[key]:.4f}" for key in ("loss", "accuracy", "margin") if key in evaluation},
+        "adapter": f"{folder / 'adapter'} (of step {summary['adapter_step']})",
+        "next": f"sampo merge {folder}",
+    }
+    stderr.print(key_value_table("finished", facts), soft_wrap=True)

@@ -1,0 +1,110 @@
+"""The LoRA adapters of a run: a new one, one to go on from, and their files.
+
+Adapter weights are float32. Nothing here reaches for the network once a run has started.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sampo_cli.config import LoraSection
+from sampo_cli.errors import ModelError
+from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, REFERENCE_ADAPTER, Policy, is_state_space
+from sampo_cli.remote import fetch, first_line
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "sampo.json")
+
+
+def add_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
+    """A fresh LoRA adapter (B = 0, so the policy starts as the base) on `base`. Returns a `PeftModel`."""
+    from peft import LoraConfig, get_peft_model
+
+    if lora.init in ("pissa", "olora"):
+        raise ModelError(
+            f"lora.init={lora.init} changes the base's weights, so the base would no longer be the reference",
+            hint="use lora.init=default",
+        )
+    torch.manual_seed(seed)
+    peft_config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        exclude_modules=list(FUSED_LAYERS) if is_state_space(type(base)) else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=True if lora.init == "default" else lora.init,  # type: ignore[arg-type]
+        bias="none",
+    )
+    try:
+        return get_peft_model(base, peft_config)
+    except ValueError as error:
+        raise ModelError(f"LoRA cannot be added: {first_line(error)}", hint="see lora.targets") from error
+
+
+def resume_adapter(base: Any, name: str) -> Any:
+    """Go on from a trained adapter: the policy starts as it, and a frozen copy of it is the reference.
+
+    Raises:
+        ModelError: no adapter there, or one with weights that adapter-off or a copy would not undo.
+    """
+    from peft import PeftModel
+
+    folder = fetch(name, "model", revision=None, patterns=ADAPTER_FILES)
+    folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).is_file() else folder
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise ModelError(f"adapter '{name}': no {file} in {folder}", hint="give a run's folder or an adapter's")
+    settings = json.loads((folder / CONFIG_FILE).read_text())
+    for key, allowed in (("bias", ("none", None)), ("modules_to_save", ([], None)), ("peft_type", ("LORA",))):
+        if settings.get(key) not in allowed:
+            raise ModelError(
+                f"adapter '{name}': {key}={settings[key]!r} trains more than LoRA, which would move the reference",
+                hint="go on from a LoRA adapter with bias='none' and no modules_to_save",
+            )
+    if settings.get("init_lora_weights") not in (True, False, "gaussian", "orthogonal", None):
+        raise ModelError(
+            f"adapter '{name}': init_lora_weights={settings['init_lora_weights']!r} changes the base on loading",
+            hint="convert it to a plain LoRA adapter with PEFT first",
+        )
+    try:
+        model = PeftModel.from_pretrained(base, folder, adapter_name=POLICY_ADAPTER, is_trainable=True)
+        model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"adapter '{name}' does not fit the base: {first_line(error)}") from error
+    model.set_adapter(POLICY_ADAPTER)
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if dropouts is not None and REFERENCE_ADAPTER in dropouts:
+            dropouts[REFERENCE_ADAPTER] = nn.Identity()
+    return model
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Write the policy's adapter in PEFT's format; `base_model_name_or_path` is the base as the user named it."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    settings = policy.model.peft_config[POLICY_ADAPTER].to_dict()
+    settings["inference_mode"] = True
+    settings["target_modules"] = sorted(settings["target_modules"])
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
+    weights = get_peft_model_state_dict(policy.model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+
+
+def load_adapter_weights(policy: Policy, folder: Path) -> None:
+    """Overwrite the policy's adapter with the one saved in `folder`."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    outcome = set_peft_model_state_dict(policy.model, load_file(folder / WEIGHTS_FILE), adapter_name=POLICY_ADAPTER)
+    if outcome.unexpected_keys:
+        raise ModelError(f"the adapter in {folder} does not fit: {outcome.unexpected_keys[0]} is not in the model")

@@ -1,0 +1,212 @@
+"""Loading: a quantized base, adapters on it, and what they are.
+
+Nothing is cast behind the user's back: linear layers are stored as asked and the rest stays in the compute dtype.
+Only safetensors are read. The adapters themselves are `lora.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sampo_cli.config import LoraSection, ModelConfig
+from sampo_cli.errors import ModelError, OutOfMemory
+from sampo_cli.fingerprint import weights_fingerprint
+from sampo_cli.lora import add_adapter, resume_adapter
+from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, find_layout, is_state_space
+from sampo_cli.remote import fetch_model, first_line
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What was really loaded, to print and to record."""
+
+    folder: Path
+    fingerprint: str
+    device: str
+    dtype: str
+    quantized_layers: int
+    linear_layers: int
+    trainable_parameters: int
+    total_parameters: int
+    parameter_bytes: int
+    adapter_layers: int
+    layout: str
+    layout_reason: str
+    context: int | None
+    dtypes: dict[str, int] = field(default_factory=dict)
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype: as named, or bfloat16 where the device computes in it, else float16 (GPU) or float32 (CPU)."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+def load_config(config: ModelConfig, folder: Path) -> Any:
+    """The architecture's config with every dropout at 0, so that two forwards of one model agree."""
+    from transformers import AutoConfig
+
+    try:
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        hint = "it may need Python code of its own: read it, then --set model.trust_remote_code=true"
+        raise ModelError(f"model '{config.name}': {first_line(error)}", hint=hint) from error
+    for part in {id(part): part for part in (architecture, architecture.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(part, key, 0.0)
+    return architecture
+
+
+def context_length(architecture: Any) -> int | None:
+    """Positions that the model was made for, where its config says."""
+    return getattr(architecture.get_text_config(), "max_position_embeddings", None)
+
+
+def _quantization(config: ModelConfig, architecture: Any, dtype: torch.dtype) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(architecture), object)
+    skipped = [*FUSED_LAYERS, "lm_head"] if is_state_space(model_class) else None
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        llm_int8_skip_modules=skipped,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:
+        raise ModelError(
+            f"bitsandbytes cannot be imported: {first_line(error)}",
+            hint="pip install bitsandbytes, or train on an unquantized base with --quantization none",
+        ) from error
+
+
+def load_base(config: ModelConfig, device: torch.device) -> Any:
+    """The base as a transformers causal language model, frozen, in train mode with dropout off.
+
+    Raises:
+        ModelError: not found, not loadable, already quantized otherwise, or nothing of it was quantized.
+        OutOfMemory: no room on the device.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if config.quantization != "none":
+        _require_bitsandbytes()
+    folder = fetch_model(config.name, config.revision)
+    architecture = load_config(config, folder)
+    dtype = pick_dtype(config.dtype, device)
+    options: dict[str, Any] = {"config": architecture, "dtype": dtype, "device_map": {"": device}}
+    if config.quantization != "none":
+        options["quantization_config"] = _quantization(config, architecture, dtype)
+    if config.attention != "auto":
+        options["attn_implementation"] = config.attention
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=config.trust_remote_code, **options
+        )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"no room on {device} for model '{config.name}'", hint="use --quantization nf4 or a smaller model"
+        ) from error
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model '{config.name}' does not load: {first_line(error)}") from error
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    _use_training_kernels(model)
+    if config.quantization != "none" and not count_quantized(model):
+        raise ModelError(
+            f"model '{config.name}': {config.quantization} was asked for, but no layer was quantized",
+            hint="use --quantization none for this architecture",
+        )
+    return model.train()
+
+
+def _use_training_kernels(model: nn.Module) -> None:
+    """Keep bitsandbytes on one code path on the CPU.
+
+    In eval mode it repacks 4-bit weights for AVX512, whose results differ from those of training; policy and
+    reference must be computed alike.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def count_quantized(model: nn.Module) -> int:
+    """Number of linear layers stored in 4 or 8 bits. (PEFT's wrappers carry the same class names; they do not count.)"""
+    quantized = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
+    return sum(f"{type(module).__module__}.{type(module).__qualname__}" in quantized for module in model.modules())
+
+
+def load_policy(
+    config: ModelConfig, lora: LoraSection, *, seed: int, gradient_checkpointing: bool
+) -> tuple[Policy, ModelFacts]:
+    """Base, adapters, checkpointing and layout, ready to train."""
+    device = pick_device()
+    base = load_base(config, device)
+    model = resume_adapter(base, config.adapter) if config.adapter else add_adapter(base, lora, seed)
+    if gradient_checkpointing and base.supports_gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, dtype=pick_dtype(config.dtype, device))
+    reason = ""
+    if config.layout == "auto":
+        policy.layout, reason = find_layout(policy)
+    else:
+        policy.layout = config.layout
+    return policy, describe(policy, config, reason)
+
+
+def describe(policy: Policy, config: ModelConfig, layout_reason: str) -> ModelFacts:
+    """Count what was loaded; `total_parameters` counts a packed 4-bit weight by its elements, not its bytes."""
+    model = policy.model
+    dtypes: Counter[str] = Counter()
+    total = trainable = size = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        elements = state.shape.numel() if state is not None else parameter.numel()
+        total += elements
+        trainable += elements if parameter.requires_grad else 0
+        size += parameter.numel() * parameter.element_size()
+        dtypes["nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")] += elements
+    causal_lm = policy.causal_lm
+    folder = fetch_model(config.name, config.revision)
+    return ModelFacts(
+        folder=folder,
+        fingerprint=weights_fingerprint(folder),
+        device=str(causal_lm.device),
+        dtype=str(pick_dtype(config.dtype, causal_lm.device)).removeprefix("torch."),
+        quantized_layers=count_quantized(model),
+        linear_layers=sum(isinstance(m, nn.Linear) and ".lora_" not in name for name, m in model.named_modules()),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        parameter_bytes=size,
+        adapter_layers=sum(POLICY_ADAPTER in getattr(module, "lora_A", ()) for module in model.modules()),
+        layout=policy.layout,
+        layout_reason=layout_reason,
+        context=context_length(causal_lm.config),
+        dtypes=dict(dtypes),
+    )

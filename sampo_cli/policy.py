@@ -1,0 +1,178 @@
+"""One forward pass of a `PairBatch`: masks for the shared row, the model's body, log-probs of the scored tokens.
+
+Legend: R rows, S positions of a row, N scored tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sampo_cli.batch import PADDING, PROMPT, Draw, Layout, Pair, PairBatch, collate
+from sampo_cli.logprobs import Head, token_logps
+
+REFERENCE_ADAPTER = "reference"
+POLICY_ADAPTER = "default"
+
+FUSED_LAYERS = ("conv1d", "dt_proj", "out_proj", "x_proj")
+"""Layers of state-space models whose weights their kernels read directly, past any adapter or quantization."""
+
+Masks = Tensor | dict[str, Tensor]
+
+
+def is_state_space(model_class: type) -> bool:
+    """True for an architecture whose layers carry a state along the row."""
+    return bool(getattr(model_class, "_is_stateful", False))
+
+
+def pair_mask(segments: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
+    """Who sees whom in a shared row: bool [R, 1, S, S], True where the query (third axis) may look at the key.
+
+    A response sees the prompt and itself, never the other response; with a sliding `window`, only what lies less
+    than `window` positions back. Nothing looks at padding but padding itself.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    size = segments.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
+    mask = causal & ((key == PROMPT) | (key == query))
+    if window is not None:
+        mask &= position_ids[:, :, None] - position_ids[:, None, :] < window
+    return mask[:, None]
+
+
+class Policy(nn.Module):
+    """A causal language model with adapters, seen as a function from a `PairBatch` to log-probs.
+
+    Args:
+        model: a `PeftModel` around a causal language model (or that model itself, without a reference).
+        layout: how rows are laid out; `separate` for models that cannot take the mask of a shared row.
+        dtype: compute dtype; matrix products run in it under autocast, so that float32 adapters cost no more.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout = "shared", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = layout
+        self.dtype = dtype
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, adapters inside."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def head(self) -> Head:
+        config = self.causal_lm.config.get_text_config()
+        output = self.causal_lm.get_output_embeddings()
+        scaling = getattr(config, "logits_scaling", None)
+        return Head(
+            weight=output.weight,
+            bias=getattr(output, "bias", None),
+            scale=1 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0,
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def masks(self, batch: PairBatch) -> Masks:
+        """What the model takes as `attention_mask`: one mask, or one per layer type, or the plain [R, S] one."""
+        if self.layout == "separate":
+            return (batch.segments != PADDING).long()
+        windows = layer_windows(self.causal_lm.config.get_text_config())
+        masks = {kind: pair_mask(batch.segments, batch.position_ids, window) for kind, window in windows.items()}
+        if self.causal_lm.config._attn_implementation == "eager":
+            masks = {kind: self._additive(mask) for kind, mask in masks.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        dtype = self.causal_lm.get_input_embeddings().weight.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        """Log-probs of the batch's scored tokens, float32 [N]."""
+        inputs = {"input_ids": batch.input_ids, "attention_mask": self.masks(batch), "use_cache": False}
+        if self.layout == "shared":
+            inputs["position_ids"] = batch.position_ids
+        device = batch.input_ids.device.type
+        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            hidden_RSH = self.causal_lm.base_model(**inputs).last_hidden_state
+            return token_logps(hidden_RSH.flatten(0, 1)[batch.positions], batch.targets, self.head())
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """Sliding window (or None) by layer type, of the types that a model has; one entry if all layers are alike.
+
+    Raises:
+        ValueError: the model has layers that are neither full nor sliding-window attention.
+    """
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"layers of type {', '.join(sorted(unknown))}")
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return {"all": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+@contextmanager
+def reference(policy: nn.Module) -> Iterator[None]:
+    """Inside, the model is the reference: the frozen adapter of that name if there is one, else adapters off.
+
+    No gradients; the policy's adapter is active again afterwards, whatever happens.
+    """
+    model: Any = policy.module.model if hasattr(policy, "module") else policy.model
+    with torch.no_grad():
+        if REFERENCE_ADAPTER not in model.peft_config:
+            with model.disable_adapter():
+                yield
+            return
+        model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+        try:
+            yield
+        finally:
+            model.set_adapter(POLICY_ADAPTER)
+
+
+def _probe_batch(vocabulary: int, layout: Layout) -> PairBatch:
+    """One pair of made-up tokens; the rejected response is the longer one, so that it sits after the chosen one."""
+    generator = np.random.default_rng(0)
+    prompt, chosen, rejected = (generator.integers(0, vocabulary, n, dtype=np.int32) for n in (9, 7, 11))
+    return collate([Pair(0, prompt, chosen, rejected)], Draw("sum", 0, 0), layout)
+
+
+@torch.no_grad()
+def find_layout(policy: Policy) -> tuple[Layout, str]:
+    """Test on the loaded model whether it keeps the two responses of a shared row apart.
+
+    Three passes over one made-up pair: two rows, one row, and one row in which everything sees everything before it.
+    If the shared row is not far nearer to the two rows than to the open row, the model ignores the mask.
+
+    Returns:
+        The layout to use, and the reason where it is not the shared one.
+    """
+    causal_lm = policy.causal_lm
+    if is_state_space(type(causal_lm)):
+        return "separate", "its layers carry a state along the row"
+    device, vocabulary = causal_lm.device, causal_lm.get_input_embeddings().weight.shape[0]
+    batches = {layout: _probe_batch(vocabulary, layout).to(device) for layout in ("shared", "separate")}
+    open_row = replace(batches["shared"], segments=torch.zeros_like(batches["shared"].segments))
+    was, policy.layout = policy.layout, "separate"
+    try:
+        apart = policy(batches["separate"])
+        policy.layout = "shared"
+        try:
+            shared, together = policy(batches["shared"]), policy(open_row)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            return "separate", f"it does not take a mask of its own ({type(error).__name__}: {error})"[:200]
+    finally:
+        policy.layout = was
+    difference, leak = (apart - shared).abs().mean(), (apart - together).abs().mean()
+    if not difference < 0.2 * leak:
+        return "separate", f"its log-probs leak between the responses ({difference:.3g} against {leak:.3g})"
+    return "shared", ""

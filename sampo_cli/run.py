@@ -1,0 +1,277 @@
+"""One training run, from a resolved recipe to a finished folder.
+
+The order matters: everything that can be wrong is found before weights are loaded, and nothing is written to the
+run's folder before the pairs are known to be usable.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from sampo_cli import checkpoint
+from sampo_cli.config import Recipe, read_recipe, resolve, validate
+from sampo_cli.data import PairDataset, prepare, split
+from sampo_cli.errors import Interrupted, SampoError, UsageError, nearest
+from sampo_cli.lora import save_adapter
+from sampo_cli.losses import METHODS, Method
+from sampo_cli.model import ModelFacts, context_length, load_config, load_policy
+from sampo_cli.remote import fetch_model
+from sampo_cli.signals import stop_requests
+from sampo_cli.template import load_tokenizer, uses_plain_template
+from sampo_cli.trainer import Split, Trainer, total_steps
+
+RESUMABLE_CHANGES = {
+    *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
+    *("output.report_to", "output.dir"),
+}
+
+
+class RunView(Protocol):
+    """What a run tells while it goes; `console.py` has the views."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, folder: Path, steps: int, done: int) -> None: ...
+    def train_row(self, row: Mapping[str, Any]) -> None: ...
+    def eval_row(self, row: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before any weight is loaded."""
+
+    recipe: Recipe
+    method: Method
+    tokenizer: Any
+    dataset: PairDataset
+    train: list[int]
+    evaluation: list[int]
+
+
+def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
+    """Check a recipe's tree and fill in its method's defaults.
+
+    Raises:
+        UsageError: problems, all of them, or an unknown method.
+    """
+    recipe = validate(tree)
+    name = recipe.method.name
+    if name not in METHODS:
+        raise UsageError(f"unknown method '{name}'{nearest(name, METHODS)}", hint=f"known: {', '.join(METHODS)}")
+    return resolve(recipe, METHODS[name].recipe_defaults())
+
+
+def plan(recipe: Recipe, view: RunView) -> Plan:
+    """Read, tokenize and split the pairs; needs the model's config and tokenizer, not its weights."""
+    tokenizer = load_tokenizer(recipe.model, recipe.data)
+    if uses_plain_template(tokenizer):
+        view.note("warning: the model has no chat template; the plain one of docs/data.md is used")
+    config = load_config(recipe.model, fetch_model(recipe.model.name, recipe.model.revision, weights=False))
+    dataset = prepare(recipe.data, tokenizer, context=context_length(config))
+    counts = dataset.counts
+    view.note(f"pairs: {counts.kept:,} of {counts.rows:,} usable, at most {dataset.max_length:,} tokens a side")
+    for title, reasons in (("dropped", counts.dropped), ("truncated", counts.truncated)):
+        if any(reasons.values()):
+            view.note(f"  {title}: " + ", ".join(f"{reason} {number:,}" for reason, number in reasons.items() if number))
+    train, evaluation = split(len(dataset), recipe.data.eval_fraction, recipe.train.seed)
+    view.note(f"  {len(train):,} train, {len(evaluation):,} held out")
+    return Plan(recipe, METHODS[recipe.method.name], tokenizer, dataset, train.tolist(), evaluation.tolist())
+
+
+def dry_run(recipe: Recipe, view: RunView) -> dict[str, Any]:
+    """What a run would do, from config, tokenizer and data alone."""
+    the_plan = plan(recipe, view)
+    dataset, settings = the_plan.dataset, recipe.train
+    steps = total_steps(settings, len(the_plan.train))
+    lengths = dataset.prompt_tokens + dataset.chosen_tokens + dataset.rejected_tokens
+    return {
+        "model": recipe.model.name,
+        "method": f"{recipe.method.name} (beta {recipe.method.beta}, reduction {recipe.method.reduction})",
+        "train pairs": len(the_plan.train),
+        "held-out pairs": len(the_plan.evaluation),
+        "steps": steps,
+        "pairs per step": settings.batch_pairs,
+        "tokens per pair, mean": round(float(lengths[the_plan.train].mean()), 1),
+        "tokens per pair, most": int(lengths.max()),
+        "tokens in all": int(lengths[the_plan.train].mean() * settings.batch_pairs * steps),
+        "learning rate": settings.learning_rate,
+        "output": str(new_folder(recipe)),
+    }
+
+
+def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = None) -> dict[str, Any]:
+    """Run a recipe to its end and return the summary that is also in the run's `summary.json`.
+
+    Args:
+        recipe: resolved.
+        run: the run's folder; new, unless a run is resumed.
+        resume_from: a checkpoint's folder.
+
+    Raises:
+        SampoError: of any kind; the folder's state says so.
+    """
+    the_plan = plan(recipe, view)
+    settings = recipe.train
+    policy, facts = load_policy(
+        recipe.model, recipe.lora, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing
+    )
+    tell_model(facts, recipe, view)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    dataset = the_plan.dataset
+    index_of = dict(zip(dataset.pair_ids.tolist(), range(len(dataset)), strict=True))
+    pairs = Split(dataset, the_plan.train, the_plan.evaluation, lambda pair_id: dataset.location(index_of[pair_id]))
+    trainer = Trainer(policy, pairs, recipe, the_plan.method, run, view)
+    if resume_from:
+        trainer.restore(resume_from)
+        view.note(f"resuming after step {trainer.progress.step}")
+    record = Record(run, the_plan, facts, trainer)
+    view.begin(run, trainer.steps, trainer.progress.step)
+    record.write("running")
+    try:
+        with stop_requests() as stop, trainer.tracking():
+            trainer.fit(stop)
+        finish(trainer, the_plan, facts, run)
+    except BaseException as error:
+        record.write("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+        raise
+    return record.write("finished")
+
+
+def new_folder(recipe: Recipe) -> Path:
+    """Where the run goes: `output.dir`, or outputs/<model>-<method>-<data>. Refused if something is there."""
+    parts = (Path(recipe.model.name).name, recipe.method.name, Path(recipe.data.sources[0].split(":")[0]).name)
+    slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part.split(".jsonl")[0]) for part in parts).strip("-.")
+    folder = Path(recipe.output.dir).expanduser() if recipe.output.dir else Path("outputs") / slug
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        resumable = folder.is_dir() and checkpoint.all_checkpoints(folder)
+        raise UsageError(
+            f"the run folder is already there: {folder}",
+            hint=f"--output another, delete it{f', or go on with --resume {folder}' if resumable else ''}",
+        )
+    return folder
+
+
+def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
+    """The recipe of an earlier run with harmless `changes`, and the checkpoint to go on from.
+
+    Args:
+        path: a run's folder or one of its checkpoints.
+        changes: a recipe's tree holding only what is to be different.
+
+    Raises:
+        UsageError: nothing to resume, or a change that would make it another run.
+    """
+    run, found = checkpoint.find(path)
+    before = read_recipe(run / "recipe.yaml")
+    merged = {section: {**values, **changes.get(section, {})} for section, values in before.items()}
+    recipe = resolve_recipe(merged | {key: value for key, value in changes.items() if key not in before})
+    old, new = validate(before).model_dump(), recipe.model_dump()
+    different = [f"{s}.{k}" for s in old for k in old[s] if old[s][k] != new[s][k]]
+    refused = [key for key in different if key not in RESUMABLE_CHANGES]
+    if refused:
+        raise UsageError(
+            f"--resume continues the same run, but {', '.join(refused)} would change",
+            hint="start a new run for that; allowed: " + ", ".join(sorted(RESUMABLE_CHANGES)),
+        )
+    return recipe, found
+
+
+def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
+    view.note(
+        f"model: {facts.quantized_layers} of {facts.linear_layers} linear layers in {recipe.model.quantization}, "
+        f"compute {facts.dtype}, on {facts.device}, {facts.parameter_bytes / 2**20:,.0f} MiB"
+    )
+    share = facts.trainable_parameters / facts.total_parameters
+    view.note(
+        f"adapter: {facts.trainable_parameters:,} trainable parameters ({share:.2%}) in {facts.adapter_layers} layers, "
+        f"float32; reference: {'a frozen copy of ' + recipe.model.adapter if recipe.model.adapter else 'adapter off'}"
+    )
+    if facts.layout == "separate":
+        view.note(f"layout: two rows per pair{f', because {facts.layout_reason}' if facts.layout_reason else ''}")
+    if recipe.method.sampling == "independent":
+        view.note(
+            "warning: sampling=independent draws other positions for the reference, as the released SamPO code does; "
+            "margins are noisy even before training"
+        )
+
+
+def finish(trainer: Trainer, the_plan: Plan, facts: ModelFacts, run: Path) -> None:
+    """Put the best or the final adapter into `adapter/`, ready to load elsewhere."""
+    recipe = the_plan.recipe
+    best = run / "best"
+    with checkpoint.whole_folder(run / "adapter") as aside:
+        if recipe.output.keep == "best" and best.is_dir():
+            shutil.copytree(best, aside, dirs_exist_ok=True)
+        else:
+            save_adapter(trainer.raw_policy, aside)
+        the_plan.tokenizer.save_pretrained(aside)
+        record = {
+            "format": 1,
+            "base_model": recipe.model.name,
+            "base_revision": recipe.model.revision,
+            "base_fingerprint": facts.fingerprint,
+            "quantization": recipe.model.quantization,
+            "dtype": facts.dtype,
+            "method": recipe.method.name,
+            "run": run.resolve().name,
+        }
+        (aside / "sampo.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+class Record:
+    """Writes `summary.json`: what the run is, how far it came, what it reached."""
+
+    def __init__(self, run: Path, the_plan: Plan, facts: ModelFacts, trainer: Trainer) -> None:
+        self.run, self.plan, self.facts, self.trainer = run, the_plan, facts, trainer
+        self.started = time.time()
+
+    def write(self, state: str) -> dict[str, Any]:
+        recipe, facts, progress = self.plan.recipe, self.facts, self.trainer.progress
+        keeps_best = recipe.output.keep == "best" and progress.best_row is not None
+        evaluation = progress.best_row if keeps_best else progress.last_evaluation
+        folder = facts.folder
+        counts = asdict(self.plan.dataset.counts)
+        summary = {
+            "format": 1,
+            "state": state,
+            "model": {
+                "name": recipe.model.name,
+                "revision": recipe.model.revision,
+                "commit": folder.name if folder.parent.name == "snapshots" else None,
+                "fingerprint": facts.fingerprint,
+                "quantization": recipe.model.quantization,
+                "dtype": facts.dtype,
+                "adapter": recipe.model.adapter,
+            },
+            "method": recipe.method.model_dump(),
+            "pairs": {**counts, "train": len(self.plan.train), "eval": len(self.plan.evaluation)},
+            "steps": {"done": progress.step, "planned": self.trainer.steps},
+            "adapter_step": evaluation["step"] if keeps_best and evaluation else progress.step,
+            "evaluation": evaluation,
+            "generated": None,
+            "versions": versions(),
+            "device": facts.device,
+            "seconds": round(time.time() - self.started, 1),
+        }
+        aside = self.run / "summary.json.tmp"
+        aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        aside.replace(self.run / "summary.json")
+        return summary
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a run's numbers."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    found = {"sampo": version("sampo-cli"), "python": platform.python_version()}
+    return found | {package: version(package) for package in packages}
+
+

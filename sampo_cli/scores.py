@@ -1,0 +1,71 @@
+"""From log-probs of scored tokens to scores of pairs, and from pairs to a metrics row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sampo_cli.batch import PairBatch
+from sampo_cli.errors import NumericsError
+from sampo_cli.losses import LossOutput, PairScores
+
+
+def pair_scores(batch: PairBatch, policy_logps: Tensor, reference_logps: Tensor | None) -> PairScores:
+    """Reduce log-probs of scored tokens, float32 [N], to one number per response and lay them out by pair."""
+
+    def reduced(logps: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        sums = torch.zeros(2 * batch.pairs, device=logps.device).index_add(0, batch.owner, logps * weights)
+        return sums[0::2], sums[1::2]
+
+    kept = torch.zeros_like(batch.lengths).index_add(0, batch.owner, (batch.weights != 0).long())
+    no_reference = reference_logps is None
+    return PairScores(
+        *reduced(policy_logps, batch.weights),
+        *((None, None) if no_reference else reduced(reference_logps, batch.reference_weights)),
+        chosen_tokens=batch.lengths[0::2],
+        rejected_tokens=batch.lengths[1::2],
+        chosen_kept=kept[0::2],
+        rejected_kept=kept[1::2],
+    )
+
+
+class Tally:
+    """Sums over the pairs of a step or an evaluation; stays on the device until `row` is asked for."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.ids: list[Tensor] = []
+        self.computed_tokens = 0
+
+    def add(self, batch: PairBatch, scores: PairScores, out: LossOutput) -> None:
+        margins = out.chosen_rewards - out.rejected_rewards
+        columns = [out.losses, out.chosen_rewards, out.rejected_rewards, margins, (margins > 0).float()]
+        columns += [scores.policy_chosen, scores.policy_rejected]
+        columns += [scores.chosen_kept + scores.rejected_kept, scores.chosen_tokens + scores.rejected_tokens]
+        self.parts.append(torch.stack([column.detach().double() for column in columns], 1))
+        self.ids.append(batch.pair_ids)
+        self.computed_tokens += batch.input_ids.numel()
+
+    def row(self, where: Callable[[int], str] = str) -> dict[str, Any]:
+        """Means over pairs, token counts as sums.
+
+        Args:
+            where: names the row that a pair id came from.
+
+        Raises:
+            NumericsError: a loss is not finite; the rows are named.
+        """
+        table = torch.cat(self.parts).cpu()
+        broken = torch.cat(self.ids).cpu()[~table[:, 0].isfinite()].tolist()
+        if broken:
+            raise NumericsError(
+                f"the loss is not finite for {len(broken)} of {len(table)} pairs: {', '.join(map(where, broken[:5]))}",
+                hint="look at those rows; lower train.learning_rate; try --set model.dtype=float32",
+            )
+        names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logps", "rejected_logps")
+        row: dict[str, Any] = dict(zip(names, table[:, :7].mean(0).tolist(), strict=True))
+        row["kept_tokens"], row["response_tokens"] = (int(n) for n in table[:, 7:].sum(0).tolist())
+        return {**row, "pairs": len(table), "computed_tokens": self.computed_tokens}

@@ -1,0 +1,36 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data, tokenizers and golden numbers beside the checkout; absent on a user's machine."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no golden numbers and real data in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of 2 layers, a byte-level tokenizer and a chat template."""
+    return tiny.save_model(tiny.CONFIGS["llama"](), tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """24 short pairs, chosen longer in some and shorter in others."""
+    return tiny.write_pairs(tmp_path / "pairs.jsonl", 24)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenized pairs are cached per test session, not in the user's folder."""
+    monkeypatch.setenv("SAMPO_CACHE", str(tmp_path_factory.getbasetemp() / "sampo-cache"))

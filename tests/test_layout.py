@@ -1,0 +1,103 @@
+"""One row per pair equals separate rows, for every architecture; what cannot take the mask is found out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sampo_cli.batch import Draw, Pair, collate
+from sampo_cli.policy import Policy, find_layout, layer_windows, pair_mask
+from tests import tiny
+
+ATTENTION = [name for name in tiny.CONFIGS if name != "mamba"]
+
+
+def make_pairs() -> list[Pair]:
+    generator = np.random.default_rng(3)
+    lengths = [(12, 5, 14), (20, 17, 3), (3, 9, 9)]
+    return [Pair(i, *(generator.integers(3, 300, n).astype(np.int32) for n in row)) for i, row in enumerate(lengths)]
+
+
+def plain_logps(model: torch.nn.Module, pair: Pair) -> torch.Tensor:
+    """Log-probs of chosen then rejected from the model's own logits, one unpadded row each: nothing of ours."""
+    parts = []
+    for response in (pair.chosen, pair.rejected):
+        ids = torch.from_numpy(np.concatenate([pair.prompt, response])).long()
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0].float()
+        logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        parts.append(logps[len(pair.prompt) - 1 :])
+    return torch.cat(parts)
+
+
+def test_mask_by_hand() -> None:
+    # prompt prompt chosen chosen rejected padding
+    segments = torch.tensor([[0, 0, 1, 1, 2, -1]], dtype=torch.int8)
+    positions = torch.tensor([[0, 1, 2, 3, 2, 0]])
+    expected = ["100000", "110000", "111000", "111100", "110010", "110001"]
+    assert ["".join(str(int(x)) for x in row) for row in pair_mask(segments, positions)[0, 0]] == expected
+    # A window of 2 positions: the rejected token (position 2) sees position 1 and itself.
+    expected = ["100000", "110000", "011000", "001100", "010010", "110001"]
+    assert ["".join(str(int(x)) for x in row) for row in pair_mask(segments, positions, 2)[0, 0]] == expected
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_layouts_agree_with_the_models_own_logits(name: str, layout: str) -> None:
+    model = tiny.make_model(tiny.CONFIGS[name]())
+    pairs = make_pairs()
+    with torch.no_grad():
+        ours = Policy(model, layout)(collate(pairs, Draw("sum", 0, 0), layout))
+    theirs = torch.cat([plain_logps(model, pair) for pair in pairs])
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_attention_model_takes_the_shared_row(name: str) -> None:
+    assert find_layout(Policy(tiny.make_model(tiny.CONFIGS[name]()))) == ("shared", "")
+
+
+def test_a_state_space_model_falls_back_to_two_rows() -> None:
+    model = tiny.make_model(tiny.CONFIGS["mamba"]())
+    policy = Policy(model)
+    layout, reason = find_layout(policy)
+    assert layout == "separate"
+    assert "state" in reason
+    pairs = make_pairs()
+    with torch.no_grad():
+        ours = Policy(model, "separate")(collate(pairs, Draw("sum", 0, 0), "separate"))
+    torch.testing.assert_close(ours, torch.cat([plain_logps(model, pair) for pair in pairs]), atol=2e-5, rtol=0)
+
+
+def test_a_model_that_ignores_the_mask_is_found_by_its_numbers() -> None:
+    model = tiny.make_model(tiny.CONFIGS["llama"]())
+    body = model.base_model
+    forward = body.forward
+    body.forward = lambda **inputs: forward(**{**inputs, "attention_mask": None})
+    layout, reason = find_layout(Policy(model))
+    assert layout == "separate"
+    assert "leak" in reason
+
+
+def test_a_model_that_refuses_the_mask_is_caught() -> None:
+    model = tiny.make_model(tiny.CONFIGS["llama"]())
+    body = model.base_model
+    forward = body.forward
+
+    def two_dimensional_only(**inputs: torch.Tensor) -> object:
+        if inputs["attention_mask"].ndim != 2:
+            raise ValueError("expected a 2-D mask")
+        return forward(**inputs)
+
+    body.forward = two_dimensional_only
+    layout, reason = find_layout(Policy(model))
+    assert layout == "separate"
+    assert "expected a 2-D mask" in reason
+
+
+def test_unknown_layer_types_are_named() -> None:
+    config = tiny.CONFIGS["gemma3"]()
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="linear_attention"):
+        layer_windows(config)

@@ -1,0 +1,46 @@
+"""Chunked log-probs against the plain computation, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sampo_cli import logprobs
+from sampo_cli.logprobs import Head, token_logps
+
+
+def plain(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden @ head.weight.T
+    logits = (logits if head.bias is None else logits + head.bias) * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4 * 11, 2**25])
+@pytest.mark.parametrize(
+    "head",
+    [
+        Head(torch.randn(11, 5)),
+        Head(torch.randn(11, 5), bias=torch.randn(11)),
+        Head(torch.randn(11, 5), scale=0.25),
+        Head(torch.randn(11, 5), softcap=3.0, scale=2.0),
+    ],
+    ids=["plain", "bias", "scale", "softcap"],
+)
+def test_values_and_gradients(head: Head, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    ours, theirs = (torch.randn(9, 5, requires_grad=True) for _ in range(2))
+    theirs.data.copy_(ours.data)
+    targets, weights = torch.randint(0, 11, (9,)), torch.randn(9)
+    value, expected = token_logps(ours, targets, head), plain(theirs, targets, head)
+    torch.testing.assert_close(value, expected, atol=2e-6, rtol=0)
+    (value * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=5e-6, rtol=0)
+
+
+def test_nothing_is_kept_for_backward_without_gradients() -> None:
+    value = token_logps(torch.randn(3, 5), torch.tensor([0, 1, 2]), Head(torch.randn(11, 5)))
+    assert not value.requires_grad

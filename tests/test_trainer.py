@@ -1,0 +1,258 @@
+"""The loop: one update however it is cut, the same run however it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sampo_cli import checkpoint, metrics
+from sampo_cli.batch import Pair
+from sampo_cli.config import Recipe
+from sampo_cli.errors import Interrupted, NumericsError
+from sampo_cli.losses import METHODS
+from sampo_cli.model import load_policy
+from sampo_cli.run import resolve_recipe
+from sampo_cli.signals import StopRequest
+from sampo_cli.trainer import Split, Trainer
+
+
+class Silent:
+    def note(self, text: str) -> None: ...
+    def train_row(self, row: Any) -> None: ...
+    def eval_row(self, row: Any) -> None: ...
+
+
+def make_pairs(count: int = 12) -> list[Pair]:
+    """Chosen responses of token 50, rejected ones of token 60, of all lengths: learnt in a few steps."""
+    rng = np.random.default_rng(0)
+    return [
+        Pair(
+            i,
+            rng.integers(3, 40, rng.integers(3, 30)).astype(np.int32),
+            np.full(rng.integers(1, 20), 50, np.int32),
+            np.full(rng.integers(1, 20), 60, np.int32),
+        )
+        for i in range(count)
+    ]
+
+
+def make_recipe(folder: Path, name: str = "sampo", **sections: dict[str, Any]) -> Recipe:
+    train = {"batch_pairs": 4, "max_steps": 6, "learning_rate": 1e-2, "warmup_ratio": 0.0} | sections.pop("train", {})
+    quantization = sections.pop("model", {"quantization": "none", "dtype": "float32"})
+    return resolve_recipe(
+        {
+            "model": {"name": str(folder), **quantization},
+            "data": {"sources": ["unused"]},
+            "method": {"name": name} | sections.pop("method", {}),
+            "train": train,
+            **sections,
+        }
+    )
+
+
+def make_trainer(recipe: Recipe, folder: Path, pairs: list[Pair] | None = None, held_out: int = 0) -> Trainer:
+    policy, _ = load_policy(recipe.model, recipe.lora, seed=recipe.train.seed, gradient_checkpointing=True)
+    pairs = pairs or make_pairs()
+    folder.mkdir(exist_ok=True)
+    split = Split(pairs, list(range(held_out, len(pairs))), list(range(held_out)), "row {}".format)
+    return Trainer(policy, split, recipe, METHODS[recipe.method.name], folder, Silent())
+
+
+def adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.raw_policy.named_parameters() if p.requires_grad}
+
+
+def rows(trainer: Trainer, kind: str = "train") -> list[dict[str, Any]]:
+    timing = ("seconds", "tokens_per_second", "memory_bytes")
+    everything = metrics.read(trainer.folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in timing} for row in everything if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("method", ["dpo", "sampo"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_first_loss_is_ln_2_at_any_pair_of_lengths(
+    tiny_llama: Path, tmp_path: Path, method: str, quantization: str
+) -> None:
+    trainer = make_trainer(make_recipe(tiny_llama, method, model={"quantization": quantization}), tmp_path / "run")
+    row = trainer.train_step(list(range(12)), epoch=0)
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert row["margin"] == row["chosen_reward"] == row["rejected_reward"] == 0
+
+
+def test_independent_sampling_has_margins_before_training(tiny_llama: Path, tmp_path: Path) -> None:
+    """The released code's two draws: the sums run over different tokens of the longer response."""
+    varied = [Pair(p.pair_id, p.prompt, p.chosen, np.arange(3, 3 + 30, dtype=np.int32)) for p in make_pairs()]
+    recipe = make_recipe(tiny_llama, method={"sampling": "independent"})
+    row = make_trainer(recipe, tmp_path / "run", varied).train_step(list(range(12)), epoch=0)
+    assert abs(row["margin"]) > 0.01
+
+
+@pytest.mark.parametrize("method", ["dpo", "sampo"])
+def test_one_update_however_the_step_is_cut(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    """12 pairs in one forward pass, in several, and one by one."""
+    outcomes = []
+    for budget in (10_000, 160, 1):
+        recipe = make_recipe(tiny_llama, method, train={"tokens_per_microbatch": budget, "learning_rate": 1e-3})
+        trainer = make_trainer(recipe, tmp_path / f"run{budget}")
+        batches = list(trainer.batches(range(12), 0))
+        trainer.train_step(list(range(12)), epoch=0)
+        row = trainer.train_step(list(range(12)), epoch=0)
+        outcomes.append((len(batches), row["loss"], row["grad_norm"], adapter(trainer)))
+    assert [count for count, *_ in outcomes][0] == 1
+    assert 1 < outcomes[1][0] < 12
+    assert outcomes[2][0] == 12
+    for _, loss, norm, weights in outcomes[1:]:
+        assert loss == pytest.approx(outcomes[0][1], rel=1e-5)
+        assert norm == pytest.approx(outcomes[0][2], rel=1e-4)
+        for name, tensor in weights.items():
+            # Adam divides by the gradient's own size, so compare what moved by 1e-3 a step at 1e-5.
+            torch.testing.assert_close(tensor, outcomes[0][3][name], atol=2e-5, rtol=0)
+
+
+def test_it_learns_and_the_reference_stays(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(make_recipe(tiny_llama, train={"max_steps": 12}), tmp_path / "run")
+    trainer.fit(StopRequest())
+    first, *_, last = rows(trainer)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["accuracy"] == 1.0
+    assert [row["step"] for row in rows(trainer)] == list(range(1, 13))
+
+
+def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """Also with LoRA dropout, whose random numbers must continue, and with NF4."""
+    recipe = make_recipe(
+        tiny_llama,
+        model={"quantization": "nf4"},
+        lora={"dropout": 0.1},
+        train={"eval_every": 2, "save_every": 100, "scheduler": "cosine", "warmup_ratio": 0.2},
+    )
+    whole = make_trainer(recipe, tmp_path / "whole", held_out=3)
+    whole.fit(StopRequest())
+
+    first = make_trainer(recipe, tmp_path / "cut", held_out=3)
+    stop = StopRequest()
+    seen = []
+
+    def stop_in_the_third_step(row: dict[str, Any]) -> None:
+        seen.append(row["step"])
+        if row["step"] == 3:
+            stop.signal = signal.SIGTERM
+
+    first.view.train_row = stop_in_the_third_step
+    with pytest.raises(Interrupted, match="after step 3 of 6") as caught:
+        first.fit(stop)
+    assert caught.value.exit_code == 143
+    assert f"--resume {tmp_path / 'cut'}" in caught.value.hint
+    assert seen == [1, 2, 3]
+
+    torch.manual_seed(12345)  # another process starts with other generators
+    second = make_trainer(recipe, tmp_path / "cut", held_out=3)
+    run, found = checkpoint.find(tmp_path / "cut")
+    assert (run, found.name) == (tmp_path / "cut", "step-000003")
+    second.restore(found)
+    second.fit(StopRequest())
+
+    for name, tensor in adapter(whole).items():
+        assert torch.equal(adapter(second)[name], tensor), name
+    for kind in ("train", "eval"):
+        assert rows(second, kind) == rows(whole, kind)
+    assert second.progress == whole.progress
+
+
+def test_rows_after_the_checkpoint_are_forgotten_on_resume(tiny_llama: Path, tmp_path: Path) -> None:
+    """A crash after step 4 with the last checkpoint at step 2."""
+    recipe = make_recipe(tiny_llama, train={"save_every": 2, "max_steps": 6})
+    trainer = make_trainer(recipe, tmp_path / "run")
+    trainer.fit(StopRequest())
+    log = tmp_path / "run" / "metrics.jsonl"
+    with log.open("a") as file:
+        file.write('{"kind": "train", "step": 7, "lo')  # cut off by the crash
+    again = make_trainer(recipe, tmp_path / "run")
+    again.restore(checkpoint.step_folder(tmp_path / "run", 4))
+    assert [row["step"] for row in metrics.read(log)] == [1, 2, 3, 4]
+
+
+def test_checkpoints_are_pruned_and_half_written_ones_never_found(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_llama, train={"save_every": 1, "keep_checkpoints": 2, "max_steps": 4})
+    trainer = make_trainer(recipe, tmp_path / "run")
+    trainer.fit(StopRequest())
+    assert [folder.name for folder in checkpoint.all_checkpoints(tmp_path / "run")] == ["step-000003", "step-000004"]
+    with pytest.raises(RuntimeError, match="power cut"), checkpoint.whole_folder(tmp_path / "run/checkpoints/step-9"):
+        raise RuntimeError("power cut")
+    assert checkpoint.find(tmp_path / "run")[1].name == "step-000004"
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_the_best_adapter_is_the_one_with_the_lowest_held_out_loss(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_llama, train={"eval_every": 1, "max_steps": 5, "learning_rate": 0.3})
+    trainer = make_trainer(recipe, tmp_path / "run", held_out=4)
+    trainer.fit(StopRequest())
+    losses = {row["step"]: row["loss"] for row in rows(trainer, "eval")}
+    assert trainer.progress.best_row["step"] == min(losses, key=losses.get)
+    assert (tmp_path / "run" / "best" / "adapter_model.safetensors").is_file()
+
+
+def test_evaluation_repeats_exactly(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_llama, lora={"dropout": 0.5})
+    trainer = make_trainer(recipe, tmp_path / "run", held_out=4)
+    trainer.train_step([5, 6, 7], 0)
+    assert trainer.evaluate() == trainer.evaluate()
+    assert trainer.policy.training
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(make_recipe(tiny_llama), tmp_path / "run")
+    poisoned = trainer.split.pairs[2].chosen[0]
+    trainer.raw_policy.causal_lm.get_input_embeddings().weight.data[poisoned] = float("nan")
+    long_enough = [i for i, pair in enumerate(trainer.split.pairs) if len(pair.chosen) > 1]
+    with pytest.raises(NumericsError, match=f"row {long_enough[0]}"):
+        trainer.train_step(long_enough[:3], 0)
+
+
+def test_a_gradient_that_stays_zero_stops_the_run(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(make_recipe(tiny_llama), tmp_path / "run")
+    for parameter in trainer.parameters:
+        parameter.register_hook(torch.zeros_like)
+    with pytest.raises(NumericsError, match="exactly 0 for 3 steps"):
+        trainer.fit(StopRequest())
+    assert len(rows(trainer)) == 2
+
+
+def test_a_reference_that_is_another_model_is_found_before_the_first_step(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(make_recipe(tiny_llama), tmp_path / "run")
+    for name, parameter in trainer.raw_policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    with pytest.raises(NumericsError, match="policy and reference differ"):
+        trainer.fit(StopRequest())
+
+
+def test_sampo_equals_dpo_when_the_lengths_are_equal(tiny_llama: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    pairs = [Pair(i, *(rng.integers(3, 300, n).astype(np.int32) for n in (5, 4 + i, 4 + i))) for i in range(8)]
+    for method in ("dpo", "sampo"):
+        make_trainer(make_recipe(tiny_llama, method), tmp_path / method, pairs).fit(StopRequest())
+    dpo, sampo = (metrics.read(tmp_path / method / "metrics.jsonl") for method in ("dpo", "sampo"))
+    assert [row["loss"] for row in dpo] == [row["loss"] for row in sampo]
+
+
+def test_the_metrics_row_holds_what_is_documented(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(make_recipe(tiny_llama, train={"max_steps": 1, "batch_pairs": 12}), tmp_path / "run")
+    trainer.fit(StopRequest())
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    pairs = make_pairs()
+    assert row["kept_tokens"] == sum(2 * min(len(p.chosen), len(p.rejected)) for p in pairs)
+    assert row["response_tokens"] == sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    assert row["pairs"] == 12
+    assert row["epoch"] == 1.0
+    assert {"grad_norm", "learning_rate", "tokens_per_second", "memory_bytes", "seconds", "accuracy"} <= set(row)
+
+
