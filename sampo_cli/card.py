@@ -110,7 +110,7 @@ def hub_id(name: object, *, near: Path, commit: object = None) -> str | None:
         commit: the Hub's commit where one is known, which settles it.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     if not isinstance(name, str) or not name or is_path_like(name):
         return None
@@ -185,7 +185,7 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"  # noqa: PLR2004 - no 1.2e+04
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value)
     flat = _LOCAL_PATH.sub("…", " ".join(str(value).split()))

@@ -73,7 +73,8 @@ def _tree(recipe: str | None, flags: dict[str, Any], settings: Sequence[str] | N
     tree = load_recipe(recipe) if recipe else {}
     for flag, value in flags.items():
         if value is not None:
-            put(tree, *FLAGS[flag].split(".", 1), value)
+            section, key = FLAGS[flag].split(".")
+            put(tree, section, key, value)
     apply_settings(tree, settings or [])
     return tree
 
@@ -114,17 +115,18 @@ def train(
     """
     given = {name: value for name, value in locals().items() if name in FLAGS}
     tree = _tree(recipe, given, settings)
+    from sampo_cli import plan as plans
     from sampo_cli import run as runs
 
     if resume:
         the_recipe, found = runs.resume(resume, tree)
         folder = found.parent.parent
     else:
-        the_recipe, found = runs.resolve_recipe(tree), None
-        folder = runs.new_folder(the_recipe)
+        the_recipe, found = plans.resolve_recipe(tree), None
+        folder = plans.new_folder(the_recipe)
     with console.run_view(quiet=quiet) as view:
         if dry_run:
-            result = runs.dry_run(the_recipe, view)
+            result = plans.dry_run(the_recipe, view)
         else:
             result = runs.train(the_recipe, view, folder, found)
     if as_json:
@@ -140,7 +142,9 @@ def show_data(
     source: Annotated[list[str], typer.Argument(help="Hub names, files or folders.")],
     model: Annotated[str, _option("--model", "Whose tokenizer and template to use.", DATA)],
     max_length: Annotated[Optional[int], _option("--max-length", "Tokens of prompt plus response.", DATA)] = None,
-    row: Annotated[Optional[int], _option("--row", "The row to show token by token.", DATA)] = None,
+    row: Annotated[
+        Optional[int], _option("--row", "The row to show token by token, from 1; the first usable otherwise.", DATA)
+    ] = None,
     settings: Set = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -148,17 +152,17 @@ def show_data(
 ) -> None:
     """Show what a model would really see of some pairs: counts, lengths, one pair token by token."""
     tree = _tree(None, {"model": model, "data": source, "max_length": max_length}, settings)
-    from sampo_cli import run as runs
+    from sampo_cli import plan as plans
     from sampo_cli.data_report import summarise
-    from sampo_cli.data_view import print_data_report
+    from sampo_cli.tables import print_data_report
 
     with console.run_view(quiet=True) as view:
-        plan = runs.plan(runs.resolve_recipe(tree), view)
+        plan = plans.make_plan(plans.resolve_recipe(tree), view)
     summary = summarise(plan.dataset)
     if as_json:
         console.print_json(summary.to_dict())
-        return
-    print_data_report(summary, plan, row)
+    elif not quiet:
+        print_data_report(summary, *plans.inspect_pair(plan, row))
 
 
 @app.command()
@@ -200,7 +204,9 @@ def push_to_hub(
     if as_json:
         console.print_json(result.to_dict())
     elif dry_run:
-        console.print_push_plan(the_plan)
+        from sampo_cli.tables import print_push_plan
+
+        print_push_plan(the_plan)
     elif not quiet:
         console.stdout.print(console.key_value_table("published", result.to_dict()))
 

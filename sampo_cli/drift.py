@@ -124,7 +124,7 @@ def compare_with_live(
 
 
 def _fits_memory(merged: Path) -> bool:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     size = sum(path.stat().st_size for path in weight_files(merged))
     return bool(psutil.virtual_memory().available > size * _ROOM)

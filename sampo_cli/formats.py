@@ -45,7 +45,7 @@ _TRANSCRIPT_START = "\n\nHuman:"
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-class Unusable(Exception):  # noqa: N818 - a verdict on a row, not a failure
+class Unusable(Exception):
     """A row that is dropped.
 
     Attributes:

@@ -288,7 +288,7 @@ def _repeat(request: Callable[[], Result]) -> Result:
 
 def _wait_for(error: Exception) -> float | None:
     """Seconds that the Hub asks to wait before the next try (0 for none), or None where another try is no use."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if isinstance(error, HfHubHTTPError):
         after = error.response.headers.get("Retry-After", "")

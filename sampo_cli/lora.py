@@ -40,7 +40,7 @@ def add_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
         exclude_modules=list(FUSED_LAYERS) if is_state_space(type(base)) else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        init_lora_weights=True if lora.init == "default" else lora.init,  # type: ignore[arg-type]
+        init_lora_weights=True if lora.init == "default" else lora.init,
         bias="none",
     )
     try:

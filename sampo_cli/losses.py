@@ -133,7 +133,8 @@ METHODS: dict[str, Method] = {
         needs_reference=True,
         option_names=("beta", "label_smoothing"),
         defaults=_LORA_DEFAULTS,
-        formula="-log sigmoid(beta * (sum over t of r(y_w, t) - sum over t of r(y_l, t))), r = log pi_theta - log pi_ref",
+        formula="-log sigmoid(beta * (sum over t of r(y_w, t) - sum over t of r(y_l, t))), "
+        "r = log pi_theta - log pi_ref",
         paper="arXiv 2305.18290",
         citation=_DPO_CITATION,
     ),

@@ -22,6 +22,10 @@ from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, find_layout, 
 from sampo_cli.remote import fetch_model, first_line
 
 
+NF4_BLOCK = 64
+"""Weights that share one scale in bitsandbytes' 4-bit storage."""
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What was really loaded, to print and to record."""
@@ -49,7 +53,7 @@ def pick_device() -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype: as named, or bfloat16 where the device computes in it, else float16 (GPU) or float32 (CPU)."""
     if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -77,20 +81,41 @@ def context_length(architecture: Any) -> int | None:
     return getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
 
-def _quantization(config: ModelConfig, architecture: Any, dtype: torch.dtype) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig
+def _quantization(config: ModelConfig, architecture: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
 
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(architecture), object)
-    skipped = [*FUSED_LAYERS, "lm_head"] if is_state_space(model_class) else None
+    misread = device.type == "cpu" and config.quantization == "nf4"
+    left_out = unquantized_layers(architecture, on_cpu=misread, trust_remote_code=config.trust_remote_code)
     if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     return BitsAndBytesConfig(
-        llm_int8_skip_modules=skipped,
+        llm_int8_skip_modules=left_out,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def unquantized_layers(architecture: Any, *, on_cpu: bool, trust_remote_code: bool = False) -> list[str]:
+    """Names of the linear layers that stay in the compute dtype.
+
+    The head; layers that state-space kernels read directly; and on the CPU those whose input size is no multiple of
+    `NF4_BLOCK`: bitsandbytes 0.50 packs them rightly there but unpacks blocks that straddle two rows wrongly.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust_remote_code)
+    head = skeleton.get_output_embeddings()
+    fused = FUSED_LAYERS if is_state_space(type(skeleton)) else ()
+
+    def stays(name: str, module: nn.Module) -> bool:
+        inputs = module.weight.shape[0] if isinstance(module, Conv1D) else getattr(module, "in_features", NF4_BLOCK)
+        return module is head or name.rpartition(".")[2] in fused or (on_cpu and bool(inputs % NF4_BLOCK))
+
+    return [name for name, module in skeleton.named_modules() if stays(name, module)]
 
 
 def _require_bitsandbytes() -> None:
@@ -119,7 +144,7 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     dtype = pick_dtype(config.dtype, device)
     options: dict[str, Any] = {"config": architecture, "dtype": dtype, "device_map": {"": device}}
     if config.quantization != "none":
-        options["quantization_config"] = _quantization(config, architecture, dtype)
+        options["quantization_config"] = _quantization(config, architecture, dtype, device)
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     try:
@@ -157,7 +182,7 @@ def _use_training_kernels(model: nn.Module) -> None:
 
 
 def count_quantized(model: nn.Module) -> int:
-    """Number of linear layers stored in 4 or 8 bits. (PEFT's wrappers carry the same class names; they do not count.)"""
+    """Number of linear layers stored in 4 or 8 bits. PEFT's wrappers carry the same class names and do not count."""
     quantized = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
     return sum(f"{type(module).__module__}.{type(module).__qualname__}" in quantized for module in model.modules())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor
 from sampo_cli.config import TrainConfig
 
 
-def make_optimizer(parameters: list[Tensor], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Sequence[Tensor], settings: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (0.9, 0.999, 1e-8): torch's, or bitsandbytes' paged 8-bit one."""
     options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw_8bit" or (settings.optimizer == "auto" and device.type == "cuda"):
         from bitsandbytes.optim import PagedAdamW8bit
 
-        return PagedAdamW8bit(parameters, **options)  # type: ignore[no-any-return]
+        return PagedAdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainConfig, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, settings: TrainConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     """transformers' linear, cosine or constant schedule after a linear warm-up."""
     from transformers import get_scheduler
 

@@ -55,6 +55,8 @@ class Policy(nn.Module):
         dtype: compute dtype; matrix products run in it under autocast, so that float32 adapters cost no more.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module, layout: Layout = "shared", dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model = model
@@ -124,7 +126,7 @@ def reference(policy: nn.Module) -> Iterator[None]:
 
     No gradients; the policy's adapter is active again afterwards, whatever happens.
     """
-    model: Any = policy.module.model if hasattr(policy, "module") else policy.model
+    model: Any = getattr(policy, "module", policy).model
     with torch.no_grad():
         if REFERENCE_ADAPTER not in model.peft_config:
             with model.disable_adapter():

@@ -1,33 +1,28 @@
 """One training run, from a resolved recipe to a finished folder.
 
-The order matters: everything that can be wrong is found before weights are loaded, and nothing is written to the
-run's folder before the pairs are known to be usable.
+Nothing is written to the run's folder before the pairs are known to be usable and the model is loaded.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from sampo_cli import checkpoint
-from sampo_cli.config import Recipe, read_recipe, resolve, validate
-from sampo_cli.data import PairDataset, prepare, split
-from sampo_cli.errors import Interrupted, SampoError, UsageError, nearest
+from sampo_cli.config import Recipe, read_recipe, validate
+from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.lora import save_adapter
-from sampo_cli.losses import METHODS, Method
-from sampo_cli.model import ModelFacts, context_length, load_config, load_policy
-from sampo_cli.remote import fetch_model
+from sampo_cli.model import ModelFacts, load_policy
+from sampo_cli.plan import Plan, make_plan, resolve_recipe
 from sampo_cli.signals import stop_requests
-from sampo_cli.template import load_tokenizer, uses_plain_template
-from sampo_cli.trainer import Split, Trainer, total_steps
+from sampo_cli.trainer import Split, Trainer
 
 RESUMABLE_CHANGES = {
     *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
@@ -44,69 +39,6 @@ class RunView(Protocol):
     def eval_row(self, row: Mapping[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run before any weight is loaded."""
-
-    recipe: Recipe
-    method: Method
-    tokenizer: Any
-    dataset: PairDataset
-    train: list[int]
-    evaluation: list[int]
-
-
-def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
-    """Check a recipe's tree and fill in its method's defaults.
-
-    Raises:
-        UsageError: problems, all of them, or an unknown method.
-    """
-    recipe = validate(tree)
-    name = recipe.method.name
-    if name not in METHODS:
-        raise UsageError(f"unknown method '{name}'{nearest(name, METHODS)}", hint=f"known: {', '.join(METHODS)}")
-    return resolve(recipe, METHODS[name].recipe_defaults())
-
-
-def plan(recipe: Recipe, view: RunView) -> Plan:
-    """Read, tokenize and split the pairs; needs the model's config and tokenizer, not its weights."""
-    tokenizer = load_tokenizer(recipe.model, recipe.data)
-    if uses_plain_template(tokenizer):
-        view.note("warning: the model has no chat template; the plain one of docs/data.md is used")
-    config = load_config(recipe.model, fetch_model(recipe.model.name, recipe.model.revision, weights=False))
-    dataset = prepare(recipe.data, tokenizer, context=context_length(config))
-    counts = dataset.counts
-    view.note(f"pairs: {counts.kept:,} of {counts.rows:,} usable, at most {dataset.max_length:,} tokens a side")
-    for title, reasons in (("dropped", counts.dropped), ("truncated", counts.truncated)):
-        if any(reasons.values()):
-            view.note(f"  {title}: " + ", ".join(f"{reason} {number:,}" for reason, number in reasons.items() if number))
-    train, evaluation = split(len(dataset), recipe.data.eval_fraction, recipe.train.seed)
-    view.note(f"  {len(train):,} train, {len(evaluation):,} held out")
-    return Plan(recipe, METHODS[recipe.method.name], tokenizer, dataset, train.tolist(), evaluation.tolist())
-
-
-def dry_run(recipe: Recipe, view: RunView) -> dict[str, Any]:
-    """What a run would do, from config, tokenizer and data alone."""
-    the_plan = plan(recipe, view)
-    dataset, settings = the_plan.dataset, recipe.train
-    steps = total_steps(settings, len(the_plan.train))
-    lengths = dataset.prompt_tokens + dataset.chosen_tokens + dataset.rejected_tokens
-    return {
-        "model": recipe.model.name,
-        "method": f"{recipe.method.name} (beta {recipe.method.beta}, reduction {recipe.method.reduction})",
-        "train pairs": len(the_plan.train),
-        "held-out pairs": len(the_plan.evaluation),
-        "steps": steps,
-        "pairs per step": settings.batch_pairs,
-        "tokens per pair, mean": round(float(lengths[the_plan.train].mean()), 1),
-        "tokens per pair, most": int(lengths.max()),
-        "tokens in all": int(lengths[the_plan.train].mean() * settings.batch_pairs * steps),
-        "learning rate": settings.learning_rate,
-        "output": str(new_folder(recipe)),
-    }
-
-
 def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = None) -> dict[str, Any]:
     """Run a recipe to its end and return the summary that is also in the run's `summary.json`.
 
@@ -118,7 +50,7 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     Raises:
         SampoError: of any kind; the folder's state says so.
     """
-    the_plan = plan(recipe, view)
+    the_plan = make_plan(recipe, view)
     settings = recipe.train
     policy, facts = load_policy(
         recipe.model, recipe.lora, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing
@@ -144,20 +76,6 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
         record.write("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
         raise
     return record.write("finished")
-
-
-def new_folder(recipe: Recipe) -> Path:
-    """Where the run goes: `output.dir`, or outputs/<model>-<method>-<data>. Refused if something is there."""
-    parts = (Path(recipe.model.name).name, recipe.method.name, Path(recipe.data.sources[0].split(":")[0]).name)
-    slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part.split(".jsonl")[0]) for part in parts).strip("-.")
-    folder = Path(recipe.output.dir).expanduser() if recipe.output.dir else Path("outputs") / slug
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        resumable = folder.is_dir() and checkpoint.all_checkpoints(folder)
-        raise UsageError(
-            f"the run folder is already there: {folder}",
-            hint=f"--output another, delete it{f', or go on with --resume {folder}' if resumable else ''}",
-        )
-    return folder
 
 
 def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
@@ -273,5 +191,3 @@ def versions() -> dict[str, str]:
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     found = {"sampo": version("sampo-cli"), "python": platform.python_version()}
     return found | {package: version(package) for package in packages}
-
-

@@ -20,11 +20,16 @@ def pair_scores(batch: PairBatch, policy_logps: Tensor, reference_logps: Tensor 
         sums = torch.zeros(2 * batch.pairs, device=logps.device).index_add(0, batch.owner, logps * weights)
         return sums[0::2], sums[1::2]
 
+    chosen, rejected = reduced(policy_logps, batch.weights)
+    reference_scores: tuple[Tensor | None, Tensor | None] = (None, None)
+    if reference_logps is not None:
+        reference_scores = reduced(reference_logps, batch.reference_weights)
     kept = torch.zeros_like(batch.lengths).index_add(0, batch.owner, (batch.weights != 0).long())
-    no_reference = reference_logps is None
     return PairScores(
-        *reduced(policy_logps, batch.weights),
-        *((None, None) if no_reference else reduced(reference_logps, batch.reference_weights)),
+        policy_chosen=chosen,
+        policy_rejected=rejected,
+        reference_chosen=reference_scores[0],
+        reference_rejected=reference_scores[1],
         chosen_tokens=batch.lengths[0::2],
         rejected_tokens=batch.lengths[1::2],
         chosen_kept=kept[0::2],

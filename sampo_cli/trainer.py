@@ -92,9 +92,7 @@ class Trainer:
         view: told of every row.
     """
 
-    def __init__(
-        self, policy: Policy, split: Split, recipe: Recipe, method: Method, folder: Path, view: View
-    ) -> None:
+    def __init__(self, policy: Policy, split: Split, recipe: Recipe, method: Method, folder: Path, view: View) -> None:
         self.split, self.recipe, self.method, self.folder, self.view = split, recipe, method, folder, view
         settings = recipe.train
         half = policy.dtype == torch.float16

@@ -34,7 +34,9 @@ def shared_gpt(*turns: tuple[str, str]) -> list[dict[str, str]]:
         pytest.param({"prompt": [USER], "chosen": "4", "rejected": "5"}, EXPECTED, id="prompt-list"),
         pytest.param({"prompt": [USER], "chosen": [says("4")], "rejected": [says("5")]}, EXPECTED, id="answer-lists"),
         pytest.param(
-            {"prompt": "2+2?", "chosen": [USER, says("4")], "rejected": [USER, says("5")]}, EXPECTED, id="whole-and-prompt"
+            {"prompt": "2+2?", "chosen": [USER, says("4")], "rejected": [USER, says("5")]},
+            EXPECTED,
+            id="whole-and-prompt",
         ),
         pytest.param(
             {"chosen": [SYSTEM, *HELLO, USER, says("4")], "rejected": [SYSTEM, *HELLO, USER, says("5")]},
@@ -71,19 +73,28 @@ def shared_gpt(*turns: tuple[str, str]) -> list[dict[str, str]]:
         pytest.param({"input": "2+2?", "chosen": "4", "rejected": "5"}, EXPECTED, id="input"),
         pytest.param({"question": "2+2?", "response_j": "4", "response_k": "5"}, EXPECTED, id="stack-exchange"),
         pytest.param(
-            {"chosen": TRANSCRIPT + " 4", "rejected": TRANSCRIPT + " 5"}, Conversation([*HELLO, USER], "4", "5"), id="hh"
+            {"chosen": TRANSCRIPT + " 4", "rejected": TRANSCRIPT + " 5"},
+            Conversation([*HELLO, USER], "4", "5"),
+            id="hh",
         ),
         pytest.param(
-            {"prompt": TRANSCRIPT, "chosen": " 4", "rejected": " 5"}, Conversation([*HELLO, USER], "4", "5"), id="hh-prompt"
+            {"prompt": TRANSCRIPT, "chosen": " 4", "rejected": " 5"},
+            Conversation([*HELLO, USER], "4", "5"),
+            id="hh-prompt",
         ),
         pytest.param(
-            {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4\n\nAssistant: Sure.", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+            {
+                "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4\n\nAssistant: Sure.",
+                "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
+            },
             Conversation([USER], "4\n\nSure.", "5"),
             id="hh-speaks-twice",
         ),
         pytest.param(
             {
-                "conversations": shared_gpt(("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello!"), ("human", "2+2?")),
+                "conversations": shared_gpt(
+                    ("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello!"), ("human", "2+2?")
+                ),
                 "chosen": {"from": "gpt", "value": "4"},
                 "rejected": {"from": "gpt", "value": "5"},
             },
@@ -91,7 +102,9 @@ def shared_gpt(*turns: tuple[str, str]) -> list[dict[str, str]]:
             id="sharegpt-messages",
         ),
         pytest.param(
-            {"conversations": shared_gpt(("human", "2+2?")), "chosen": "4", "rejected": "5"}, EXPECTED, id="sharegpt-strings"
+            {"conversations": shared_gpt(("human", "2+2?")), "chosen": "4", "rejected": "5"},
+            EXPECTED,
+            id="sharegpt-strings",
         ),
         pytest.param(
             {
@@ -103,7 +116,11 @@ def shared_gpt(*turns: tuple[str, str]) -> list[dict[str, str]]:
             id="sharegpt-lists",
         ),
         pytest.param(
-            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}], "chosen": "4", "rejected": "5"},
+            {
+                "prompt": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}],
+                "chosen": "4",
+                "rejected": "5",
+            },
             EXPECTED,
             id="text-parts",
         ),

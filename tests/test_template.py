@@ -51,29 +51,34 @@ def refused(tokenizer: Any, prompt: list[Message], chosen: str = "Four.", reject
 # Qwen 2.5: <|im_start|> 151644, <|im_end|> 151645, "\n" 198, user 872, assistant 77091; it adds its own system turn.
 # Gemma 3: <bos> 2, <start_of_turn> 105, <end_of_turn> 106, "\n" 107, "\n\n" 108, user 2364, model 4368.
 # Mistral v0.1 in the plain template: <s> 1, </s> 2, "\n" 13, ":" 28747, "###" 774 (after <s>) or 27332.
-QWEN_DEFAULT = [151644, 8948, 198, 2610, 525, 1207, 16948, 11, 3465, 553, 54364, 14817, 13, 1446, 525, 264, 10950]
-QWEN_DEFAULT += [17847, 13, 151645, 198]
+QWEN_DEFAULT = "151644 8948 198 2610 525 1207 16948 11 3465 553 54364 14817 13 1446 525 264 10950 17847 13 151645 198"
 GOLDEN = {
-    ("llama3", "single"): [128000, 128006, 882, 128007, 271, 13347, 1070, 128009, 128006, 78191, 128007, 271],
-    ("llama3", "system"): [128000, 128006, 9125, 128007, 271, 3513, 10015, 13, 128009]
-    + [128006, 882, 128007, 271, 13347, 1070, 128009, 128006, 78191, 128007, 271],
-    ("llama3", "multi-turn"): [128000, 128006, 882, 128007, 271, 13347, 1070, 128009, 128006, 78191, 128007, 271, 9906, 0]
-    + [128009, 128006, 882, 128007, 271, 17, 10, 17, 30, 128009, 128006, 78191, 128007, 271],
-    ("qwen2_5", "single"): [*QWEN_DEFAULT, 151644, 872, 198, 13048, 1052, 151645, 198, 151644, 77091, 198],
-    ("qwen2_5", "system"): [151644, 8948, 198, 3430, 9814, 13, 151645, 198]
-    + [151644, 872, 198, 13048, 1052, 151645, 198, 151644, 77091, 198],
-    ("qwen2_5", "multi-turn"): [*QWEN_DEFAULT, 151644, 872, 198, 13048, 1052, 151645, 198]
-    + [151644, 77091, 198, 9707, 0, 151645, 198, 151644, 872, 198, 17, 10, 17, 30, 151645, 198, 151644, 77091, 198],
-    ("gemma3", "single"): [2, 105, 2364, 107, 10979, 993, 106, 107, 105, 4368, 107],
-    ("gemma3", "system"): [2, 105, 2364, 107, 3912, 8652, 236761, 108, 10979, 993, 106, 107, 105, 4368, 107],
-    ("gemma3", "multi-turn"): [2, 105, 2364, 107, 10979, 993, 106, 107, 105, 4368, 107, 9259, 236888, 106, 107]
-    + [105, 2364, 107, 236778, 236862, 236778, 236881, 106, 107, 105, 4368, 107],
-    ("mistral_v0.1", "single"): [1, 774, 1247, 28747, 13, 23809, 736, 13, 13, 27332, 21631, 28747, 13],
-    ("mistral_v0.1", "system"): [1, 774, 2135, 28747, 13, 3574, 6817, 28723, 13, 13]
-    + [27332, 1247, 28747, 13, 23809, 736, 13, 13, 27332, 21631, 28747, 13],
-    ("mistral_v0.1", "multi-turn"): [1, 774, 1247, 28747, 13, 23809, 736, 13, 13, 27332, 21631, 28747, 13, 16230, 28808, 2]
-    + [28705, 13, 13, 27332, 1247, 28747, 13, 28750, 28806, 28750, 28804, 13, 13, 27332, 21631, 28747, 13],
-}  # fmt: skip
+    ("llama3", "single"): "128000 128006 882 128007 271 13347 1070 128009 128006 78191 128007 271",
+    ("llama3", "system"): "128000 128006 9125 128007 271 3513 10015 13 128009 "
+    "128006 882 128007 271 13347 1070 128009 128006 78191 128007 271",
+    ("llama3", "multi-turn"): "128000 128006 882 128007 271 13347 1070 128009 128006 78191 128007 271 9906 0 128009 "
+    "128006 882 128007 271 17 10 17 30 128009 128006 78191 128007 271",
+    ("qwen2_5", "single"): f"{QWEN_DEFAULT} 151644 872 198 13048 1052 151645 198 151644 77091 198",
+    ("qwen2_5", "system"): "151644 8948 198 3430 9814 13 151645 198 "
+    "151644 872 198 13048 1052 151645 198 151644 77091 198",
+    (
+        "qwen2_5",
+        "multi-turn",
+    ): f"{QWEN_DEFAULT} 151644 872 198 13048 1052 151645 198 151644 77091 198 9707 0 151645 198 "
+    "151644 872 198 17 10 17 30 151645 198 151644 77091 198",
+    ("gemma3", "single"): "2 105 2364 107 10979 993 106 107 105 4368 107",
+    ("gemma3", "system"): "2 105 2364 107 3912 8652 236761 108 10979 993 106 107 105 4368 107",
+    ("gemma3", "multi-turn"): "2 105 2364 107 10979 993 106 107 105 4368 107 9259 236888 106 107 "
+    "105 2364 107 236778 236862 236778 236881 106 107 105 4368 107",
+    ("mistral_v0.1", "single"): "1 774 1247 28747 13 23809 736 13 13 27332 21631 28747 13",
+    ("mistral_v0.1", "system"): "1 774 2135 28747 13 3574 6817 28723 13 13 "
+    "27332 1247 28747 13 23809 736 13 13 27332 21631 28747 13",
+    (
+        "mistral_v0.1",
+        "multi-turn",
+    ): "1 774 1247 28747 13 23809 736 13 13 27332 21631 28747 13 16230 28808 2 28705 13 13 "
+    "27332 1247 28747 13 28750 28806 28750 28804 13 13 27332 21631 28747 13",
+}
 ANSWERS = {  # "Four." and "No idea", each with one end-of-turn token
     "llama3": ([28070, 13, 128009], [2822, 4623, 128009]),
     "qwen2_5": ([26972, 13, 151645], [2753, 4522, 151645]),
@@ -87,7 +92,7 @@ def test_golden_sequences(shared: Path, tmp_path: Path, name: str) -> None:
     tokenizer = tokenizer_of(shared, tmp_path / name, name)
     for case, prompt in PROMPTS.items():
         pair = encoded(tokenizer, prompt)
-        assert pair.prompt == GOLDEN[name, case], case
+        assert pair.prompt == [int(id) for id in GOLDEN[name, case].split()], case
         assert (pair.chosen, pair.rejected) == ANSWERS[name], case
     assert uses_plain_template(tokenizer) == (name == "mistral_v0.1")
 
@@ -137,7 +142,9 @@ def test_literals_where_only_the_first_word_gets_a_space(shared: Path, scheme: s
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)), bos_token="<s>", eos_token="</s>"
     )
-    tokenizer.chat_template = "{% for m in messages %}{{ '<s>[' + m['role'] + ']' + m['content'] + '</s>' }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>[' + m['role'] + ']' + m['content'] + '</s>' }}{% endfor %}"
+    )
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<s>[assistant]' }}{% endif %}"
     pair = encoded(tokenizer, [HI | {"content": "what is </s>?"}], "It is </s>.")
     start = ["▁["] if scheme in ("always", "prepend") else ["["]
@@ -190,9 +197,9 @@ def test_template_with_a_header_before_the_answer() -> None:
     "template",
     [
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny.CHATML,
-        tiny.CHATML.replace("{{ '<|im_start|>' + m", "{% if message['role'] != 'system' %}{{ '<|im_start|>' + m").replace(
-            "{% endfor %}", "{% endif %}{% endfor %}"
-        ),
+        tiny.CHATML.replace(
+            "{{ '<|im_start|>' + m", "{% if message['role'] != 'system' %}{{ '<|im_start|>' + m"
+        ).replace("{% endfor %}", "{% endif %}{% endfor %}"),
     ],
     ids=["refuses", "leaves-out"],
 )
@@ -220,7 +227,10 @@ def test_prompt_that_is_not_a_prefix() -> None:
     assert encoded(merging, [HI | {"content": "the user"}], " and", " the").chosen  # separate words
     problem = refused(merging, [HI | {"content": "the us"}], "er", "es")
     assert problem.reason == "prompt is not a prefix"
-    assert problem.detail == "where they part, it is ['the', 'Ġ', 'u'] alone and ['the', 'Ġuser', '<|im_end|>'] with the response"
+    assert (
+        problem.detail
+        == "where they part, it is ['the', 'Ġ', 'u'] alone and ['the', 'Ġuser', '<|im_end|>'] with the response"
+    )
 
 
 def test_rows_that_a_template_cannot_take() -> None:
@@ -278,7 +288,7 @@ def test_load_tokenizer_errors(tmp_path: Path) -> None:
         load_tokenizer(ModelConfig(name="./nowhere"), data)
     tiny.save_model(tiny.CONFIGS["llama"](), tmp_path)
     model = ModelConfig(name=str(tmp_path))
-    with pytest.raises(UsageError, match="data.chat_template"):
+    with pytest.raises(UsageError, match=r"data\.chat_template"):
         load_tokenizer(model, data.model_copy(update={"chat_template": str(tmp_path / "none.jinja")}))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="its tokenizer does not load"):
@@ -291,7 +301,9 @@ def test_batches_equal_single_pairs() -> None:
     rows.insert(3, Conversation([{"role": "user", "content": "a"}], "x", "x"))
     batch = encoder.encode(rows)
     assert [type(pair) for pair in batch] == [Encoded] * 3 + [Unusable] + [Encoded] * 3
-    assert [encoder.encode([row])[0] for row in rows if row.chosen != "x"] == [p for p in batch if isinstance(p, Encoded)]
+    assert [encoder.encode([row])[0] for row in rows if row.chosen != "x"] == [
+        p for p in batch if isinstance(p, Encoded)
+    ]
     assert encoder.encode([]) == []
 
 

@@ -18,7 +18,7 @@ from sampo_cli.config import Recipe
 from sampo_cli.errors import Interrupted, NumericsError
 from sampo_cli.losses import METHODS
 from sampo_cli.model import load_policy
-from sampo_cli.run import resolve_recipe
+from sampo_cli.plan import resolve_recipe
 from sampo_cli.signals import StopRequest
 from sampo_cli.trainer import Split, Trainer
 

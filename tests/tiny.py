@@ -32,12 +32,12 @@ CHATML = (
 )
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
     "bos_token_id": 1,
@@ -54,8 +54,8 @@ MIXED = ["sliding_attention", "full_attention"]
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=8),
-    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=8, layer_types=MIXED, query_pre_attn_scalar=8),
-    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=MIXED, query_pre_attn_scalar=8),
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=8, layer_types=MIXED, query_pre_attn_scalar=16),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=MIXED, query_pre_attn_scalar=16),
     "qwen2": lambda: Qwen2Config(**_sizes("head_dim"), tie_word_embeddings=True),
     "qwen2-window": lambda: Qwen2Config(
         **_sizes("head_dim"), use_sliding_window=True, sliding_window=8, max_window_layers=1
@@ -64,11 +64,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: Phi3Config(**_sizes("head_dim"), sliding_window=8),
     "gpt_neox": lambda: GPTNeoXConfig(**_sizes("head_dim", "num_key_value_heads"), rotary_pct=0.5),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2,
+        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2,
         bos_token_id=1, eos_token_id=2,
     ),
     "mamba": lambda: MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.2
+        vocab_size=VOCABULARY, hidden_size=64, state_size=4, num_hidden_layers=2, initializer_range=0.2
     ),
 }  # fmt: skip
 

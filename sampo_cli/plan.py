@@ -1,0 +1,132 @@
+"""A run before any weight is loaded: its recipe resolved, its pairs read, its folder chosen.
+
+Everything that can be wrong with a recipe, a tokenizer or the data is found here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sampo_cli import checkpoint
+from sampo_cli.batch import Draw
+from sampo_cli.config import Recipe, resolve, validate
+from sampo_cli.data import PairDataset, prepare, split
+from sampo_cli.data_report import Token, token_view
+from sampo_cli.errors import DataError, UsageError, nearest
+from sampo_cli.losses import METHODS, Method
+from sampo_cli.model import context_length, load_config
+from sampo_cli.remote import fetch_model
+from sampo_cli.sampling import POLICY
+from sampo_cli.template import load_tokenizer, uses_plain_template
+from sampo_cli.trainer import total_steps
+
+
+class Notes(Protocol):
+    """Whoever is told what was found."""
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before any weight is loaded."""
+
+    recipe: Recipe
+    method: Method
+    tokenizer: Any
+    dataset: PairDataset
+    train: list[int]
+    evaluation: list[int]
+
+
+def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
+    """Check a recipe's tree and fill in its method's defaults.
+
+    Raises:
+        UsageError: problems, all of them, or an unknown method.
+    """
+    recipe = validate(tree)
+    name = recipe.method.name
+    if name not in METHODS:
+        raise UsageError(f"unknown method '{name}'{nearest(name, METHODS)}", hint=f"known: {', '.join(METHODS)}")
+    return resolve(recipe, METHODS[name].recipe_defaults())
+
+
+def make_plan(recipe: Recipe, view: Notes) -> Plan:
+    """Read, tokenize and split the pairs; needs the model's config and tokenizer, not its weights."""
+    tokenizer = load_tokenizer(recipe.model, recipe.data)
+    if uses_plain_template(tokenizer):
+        view.note("warning: the model has no chat template; the plain one of docs/data.md is used")
+    config = load_config(recipe.model, fetch_model(recipe.model.name, recipe.model.revision, weights=False))
+    dataset = prepare(recipe.data, tokenizer, context=context_length(config))
+    counts = dataset.counts
+    view.note(f"pairs: {counts.kept:,} of {counts.rows:,} usable, at most {dataset.max_length:,} tokens a side")
+    for title, reasons in (("dropped", counts.dropped), ("truncated", counts.truncated)):
+        if any(reasons.values()):
+            view.note(
+                f"  {title}: " + ", ".join(f"{reason} {number:,}" for reason, number in reasons.items() if number)
+            )
+    train, evaluation = split(len(dataset), recipe.data.eval_fraction, recipe.train.seed)
+    view.note(f"  {len(train):,} train, {len(evaluation):,} held out")
+    return Plan(recipe, METHODS[recipe.method.name], tokenizer, dataset, train.tolist(), evaluation.tolist())
+
+
+def inspect_pair(the_plan: Plan, row: int | None = None) -> tuple[list[Token], str]:
+    """One pair token by token, as its first epoch scores it, and where it came from.
+
+    Args:
+        row: number in the data, from 1, or None for the first usable one.
+
+    Raises:
+        DataError: there is no such row, or it was dropped.
+    """
+    dataset, recipe = the_plan.dataset, the_plan.recipe
+    index = 0 if row is None else int(np.searchsorted(dataset.pair_ids, row - 1))
+    if row is not None and (index == len(dataset) or dataset.pair_ids[index] != row - 1):
+        raise DataError(f"row {row} is not among the usable pairs", hint=f"there are {dataset.counts.rows} rows")
+    pair = dataset[index]
+    assert recipe.method.reduction is not None, "resolve() fills the reduction"
+    weights = Draw(recipe.method.reduction, recipe.train.seed, epoch=0).weights(pair, POLICY)
+    keep = weights[: len(pair.chosen)], weights[len(pair.chosen) :]
+    return token_view(pair, the_plan.tokenizer, keep), dataset.location(index)
+
+
+def dry_run(recipe: Recipe, view: Notes) -> dict[str, Any]:
+    """What a run would do, from config, tokenizer and data alone."""
+    the_plan = make_plan(recipe, view)
+    dataset, settings = the_plan.dataset, recipe.train
+    steps = total_steps(settings, len(the_plan.train))
+    lengths = dataset.prompt_tokens + dataset.chosen_tokens + dataset.rejected_tokens
+    return {
+        "model": recipe.model.name,
+        "method": f"{recipe.method.name} (beta {recipe.method.beta}, reduction {recipe.method.reduction})",
+        "train pairs": len(the_plan.train),
+        "held-out pairs": len(the_plan.evaluation),
+        "steps": steps,
+        "pairs per step": settings.batch_pairs,
+        "tokens per pair, mean": round(float(lengths[the_plan.train].mean()), 1),
+        "tokens per pair, most": int(lengths.max()),
+        "tokens in all": int(lengths[the_plan.train].mean() * settings.batch_pairs * steps),
+        "learning rate": settings.learning_rate,
+        "output": str(new_folder(recipe)),
+    }
+
+
+def new_folder(recipe: Recipe) -> Path:
+    """Where the run goes: `output.dir`, or outputs/<model>-<method>-<data>. Refused if something is there."""
+    parts = (Path(recipe.model.name).name, recipe.method.name, Path(recipe.data.sources[0].split(":")[0]).name)
+    slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part.split(".jsonl")[0]) for part in parts).strip("-.")
+    folder = Path(recipe.output.dir).expanduser() if recipe.output.dir else Path("outputs") / slug
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        resumable = folder.is_dir() and checkpoint.all_checkpoints(folder)
+        raise UsageError(
+            f"the run folder is already there: {folder}",
+            hint=f"--output another, delete it{f', or go on with --resume {folder}' if resumable else ''}",
+        )
+    return folder

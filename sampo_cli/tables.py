@@ -1,0 +1,88 @@
+"""What `sampo data` and `sampo push-to-hub --dry-run` print: tables and one pair token by token, on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sampo_cli.console import stdout
+from sampo_cli.data_report import Summary, Token
+from sampo_cli.hub import PushPlan
+
+BAR = 24
+STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+
+
+def print_data_report(summary: Summary, tokens: Sequence[Token], where: str) -> None:
+    """Counts, lengths, histogram, and the pair at `where`."""
+    stdout.print(counts_table(summary))
+    stdout.print(lengths_table(summary))
+    stdout.print(histogram_table(summary))
+    stdout.print(
+        f"chosen is longer in {summary.chosen_longer:.1%} of pairs, as long in {summary.equal_length:.1%}; "
+        f"gap (chosen - rejected): mean {summary.mean_gap:+.1f}, median {summary.median_gap:+.1f} tokens\n"
+        f"down-sampling to the shorter response keeps {summary.kept_share:.1%} of response tokens\n"
+    )
+    stdout.print(f"[bold]{escape(where)}[/bold], token by token; a token that counts in the first epoch ends in │")
+    stdout.print(token_text(tokens), soft_wrap=True)
+
+
+def counts_table(summary: Summary) -> Table:
+    counts = summary.counts
+    table = Table("rows", "number", title=f"pairs, at most {summary.max_length:,} tokens a side", title_justify="left")
+    table.add_row("read", f"{counts.rows:,}")
+    table.add_row("usable", f"{counts.kept:,}")
+    for reason, number in counts.dropped.items():
+        table.add_row(f"dropped: {escape(reason)}", f"{number:,}")
+    for part, number in counts.truncated.items():
+        table.add_row(f"truncated: {part}", f"{number:,} ({summary.truncated_share[part]:.1%})")
+    return table
+
+
+def lengths_table(summary: Summary) -> Table:
+    table = Table("tokens", "mean", "median", "p90", "longest", title="lengths", title_justify="left")
+    for part, lengths in summary.lengths.items():
+        numbers = (f"{lengths.mean:,.1f}", f"{lengths.median:,.0f}", f"{lengths.p90:,.0f}", f"{lengths.max:,}")
+        table.add_row(f"[{STYLES[part]}]{part}[/]", *numbers)
+    return table
+
+
+def histogram_table(summary: Summary) -> Table:
+    histogram = summary.histogram
+    table = Table("tokens", "chosen", "rejected", title="response lengths", title_justify="left")
+    most = max(*histogram.chosen, *histogram.rejected, 1)
+    bins = zip(histogram.edges, histogram.edges[1:], histogram.chosen, histogram.rejected, strict=False)
+    for low, high, *numbers in bins:
+        bars = [f"{'█' * round(BAR * number / most)} {number or ''}" for number in numbers]
+        table.add_row(f"{low}-{high - 1}", f"[green]{bars[0]}[/]", f"[red]{bars[1]}[/]")
+    return table
+
+
+def token_text(tokens: Sequence[Token]) -> Text:
+    """The pair as coloured text; each part on a line of its own, scored tokens end in │, others in ·."""
+    text = Text()
+    before = ""
+    for token, kind, scored in tokens:
+        if kind != before:
+            text.append(f"{'' if not before else chr(10)}{kind}: ", style="bold")
+        shown = token.replace("\n", "⏎")
+        text.append(shown, style=f"{STYLES[kind]} {'underline' if scored else ''}")
+        text.append("│" if scored else "·", style="bright_black")
+        before = kind
+    return text
+
+
+def print_push_plan(plan: PushPlan) -> None:
+    """The files that would be sent, and the card."""
+    visibility = "private" if plan.private else "public"
+    table = Table("file", "bytes", title=f"to {escape(plan.repo)} ({visibility})", title_justify="left")
+    for file in plan.files:
+        table.add_row(escape(file.path), f"{file.size:,}")
+    stdout.print(table)
+    for note in plan.notes:
+        stdout.print(note, markup=False)
+    stdout.print("README.md:", style="bold")
+    stdout.print(plan.card, markup=False, soft_wrap=True)
