@@ -125,10 +125,7 @@ def train(
         the_recipe, found = plans.resolve_recipe(tree), None
         folder = plans.new_folder(the_recipe)
     with console.run_view(quiet=quiet) as view:
-        if dry_run:
-            result = plans.dry_run(the_recipe, view)
-        else:
-            result = runs.train(the_recipe, view, folder, found)
+        result = plans.dry_run(the_recipe, view) if dry_run else runs.train(the_recipe, view, folder, found)
     if as_json:
         console.print_json(result)
     elif dry_run:

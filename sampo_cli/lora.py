@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sampo_cli.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE
 from sampo_cli.config import LoraSection
 from sampo_cli.errors import ModelError
 from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, REFERENCE_ADAPTER, Policy, is_state_space
 from sampo_cli.remote import fetch, first_line
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "sampo.json")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE)
 
 
 def add_adapter(base: Any, lora: LoraSection, seed: int) -> Any:

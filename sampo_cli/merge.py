@@ -8,12 +8,12 @@ first byte is written. Does not quantize, and does not write the model card.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sampo_cli.checkpoint import whole_folder
 from sampo_cli.errors import HubError, ModelError, SampoError, UsageError
 from sampo_cli.fingerprint import read_header, read_json, weight_files, weights_fingerprint
 
@@ -115,7 +115,7 @@ def merge(
     plan = make_plan(adapters, skeleton, dtype)
     size = total_size(files.values(), plan, dtype)
     _check_disk(output, size)
-    with _aside(output) as folder:
+    with whole_folder(output) as folder:
         for path, tensors in files.items():
             write_shard(path, folder / path.name, tensors, plan, dtype)
         write_config(base_folder, folder, size, dtype)
@@ -151,7 +151,7 @@ def resolve_adapter(source: Path) -> Path:
     if (source / "recipe.yaml").is_file():
         raise ModelError(
             f"{source}: a run without adapter/: it has not finished",
-            hint=f"sampo train --recipe {source / 'recipe.yaml'} --resume",
+            hint=f"go on with: sampo train --resume {source}",
         )
     if (source / "config.json").is_file():
         raise ModelError(f"{source}: a whole model, not an adapter", hint="there is nothing to merge")
@@ -273,19 +273,3 @@ def _check_disk(output: Path, size: int) -> None:
             f"no room for the merged model: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on {place}",
             hint="free some space, or give an --output on another disk",
         )
-
-
-@contextmanager
-def _aside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, or vanishes. What an earlier, killed merge left goes too."""
-    output = output.absolute()
-    folder = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

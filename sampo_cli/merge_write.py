@@ -129,7 +129,7 @@ def copy_files(base: Path, adapter: Path, folder: Path) -> None:
     own = any((adapter / name).is_file() for name in _TOKENIZERS)
     _copy(base, folder, BASE_FILES)
     _copy(base, folder, _VOCABULARIES if own else TOKENIZER_FILES)
-    _copy(adapter, folder, TOKENIZER_FILES if own else ("chat_template.jinja",))
+    _copy(adapter, folder, ("sampo.json", *(TOKENIZER_FILES if own else ("chat_template.jinja",))))
 
 
 def _copy(source: Path, folder: Path, patterns: Iterable[str]) -> None:

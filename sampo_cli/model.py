@@ -21,7 +21,6 @@ from sampo_cli.lora import add_adapter, resume_adapter
 from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, find_layout, is_state_space
 from sampo_cli.remote import fetch_model, first_line
 
-
 NF4_BLOCK = 64
 """Weights that share one scale in bitsandbytes' 4-bit storage."""
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sampo_cli import checkpoint
+from sampo_cli.adapter import RECORD_FILE
+from sampo_cli.card import model_card
 from sampo_cli.config import Recipe, read_recipe, validate
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.lora import save_adapter
@@ -75,7 +77,9 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     except BaseException as error:
         record.write("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
         raise
-    return record.write("finished")
+    summary = record.write("finished")
+    (run / "README.md").write_text(model_card(run), encoding="utf-8")
+    return summary
 
 
 def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
@@ -142,7 +146,7 @@ def finish(trainer: Trainer, the_plan: Plan, facts: ModelFacts, run: Path) -> No
             "method": recipe.method.name,
             "run": run.resolve().name,
         }
-        (aside / "sampo.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (aside / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 class Record:

@@ -75,19 +75,18 @@ def convert(source: Path, target: Path) -> None:
 
 def sampo(*arguments: str) -> None:
     say(f"sampo {' '.join(arguments)}")
-    outcome = subprocess.run([sys.executable, "-m", "sampo_cli", *arguments])
+    outcome = subprocess.run([sys.executable, "-m", "sampo_cli", *arguments], check=False)
     if outcome.returncode:
         sys.exit(outcome.returncode)
 
 
 def compare() -> Table:
     """The quickstart's prompts answered by the base and by the adapter."""
-    from sampo_cli.config import LoraSection, ModelConfig
+    from sampo_cli.config import DataConfig, LoraSection, ModelConfig
     from sampo_cli.generate import Answer, answer
     from sampo_cli.model import load_policy
     from sampo_cli.recipes import recipes_folder
     from sampo_cli.template import load_tokenizer
-    from sampo_cli.config import DataConfig
 
     prompts = (recipes_folder() / "quickstart" / "prompts.txt").read_text().splitlines()
     model = ModelConfig(name=str(MODEL), adapter=str(RUN / "adapter"))

@@ -282,7 +282,8 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path: Path) -> 
     assert (second / "tokenizer.model").read_bytes() == b"\x00sentencepiece"
     assert json.loads((second / "generation_config.json").read_text())["temperature"] == 0.6
     written = {path.name for path in second.iterdir()}
-    assert written.isdisjoint({"special_tokens_map.json", "sampo.json", "adapter_config.json", "README.md"})
+    assert written.isdisjoint({"special_tokens_map.json", "adapter_config.json", "README.md"})
+    assert (second / "sampo.json").read_text() == "{}"
 
 
 def test_header_of_written_files_is_what_the_library_writes(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_resolve_adapter(tmp_path: Path, adapter: Path) -> None:
     shutil.rmtree(run / "adapter")
     with pytest.raises(ModelError, match="a run without adapter/") as info:
         resolve_adapter(run)
-    assert info.value.hint == f"sampo train --recipe {run / 'recipe.yaml'} --resume"
+    assert info.value.hint == f"go on with: sampo train --resume {run}"
     with pytest.raises(ModelError, match="no such folder"):
         resolve_adapter(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="a whole model"):
@@ -215,7 +215,7 @@ def test_numbers_that_overflow_leave_nothing(adapter: Path) -> None:
 
 
 def test_what_a_killed_merge_left_is_cleared(tmp_path: Path, adapter: Path) -> None:
-    left = tmp_path / ".adapter-merged.partial"
+    left = tmp_path / ".adapter-merged.tmp"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
     output = merge(adapter, check_pairs=0).output

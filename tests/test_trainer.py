@@ -105,7 +105,7 @@ def test_one_update_however_the_step_is_cut(tiny_llama: Path, tmp_path: Path, me
         trainer.train_step(list(range(12)), epoch=0)
         row = trainer.train_step(list(range(12)), epoch=0)
         outcomes.append((len(batches), row["loss"], row["grad_norm"], adapter(trainer)))
-    assert [count for count, *_ in outcomes][0] == 1
+    assert outcomes[0][0] == 1
     assert 1 < outcomes[1][0] < 12
     assert outcomes[2][0] == 12
     for _, loss, norm, weights in outcomes[1:]:
@@ -254,5 +254,3 @@ def test_the_metrics_row_holds_what_is_documented(tiny_llama: Path, tmp_path: Pa
     assert row["pairs"] == 12
     assert row["epoch"] == 1.0
     assert {"grad_norm", "learning_rate", "tokens_per_second", "memory_bytes", "seconds", "accuracy"} <= set(row)
-
-

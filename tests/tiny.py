@@ -103,7 +103,24 @@ def save_model(config: Any, folder: Path, *, template: str | None = CHATML, **op
     return folder
 
 
-WORDS = "red green blue one two three cats dogs birds run walk sleep because and or so".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "cats",
+    "dogs",
+    "birds",
+    "run",
+    "walk",
+    "sleep",
+    "because",
+    "and",
+    "or",
+    "so",
+]
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
