@@ -8,15 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sampo_cli.errors import UsageError
+from sampo_cli.errors import SampoError, UsageError
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.pt"
 
+FULL_BYTES = 2**20
+"""A disk with less than this left is taken to be the reason why a write failed."""
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into; it becomes `target` when the block ends well, and vanishes when it does not."""
+    """A folder to write into; it becomes `target` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        SampoError: the disk filled up meanwhile, however the library that was writing put it.
+    """
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -29,6 +36,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
             target.rename(replaced)
         aside.rename(target)
         shutil.rmtree(replaced, ignore_errors=True)
+    except Exception as error:
+        if shutil.disk_usage(target.parent).free < FULL_BYTES:
+            raise SampoError(
+                f"no space left on the disk of {target.parent} while writing {target.name}",
+                hint="make room; everything that was there before is untouched",
+            ) from error
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

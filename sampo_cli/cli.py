@@ -227,7 +227,8 @@ def _known_failure(error: BaseException) -> SampoError:
     """The error to show for any exception that a command let through."""
     if isinstance(error, SampoError):
         return error
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    no_room = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    if no_room or type(error).__name__ == "OutOfMemoryError":
         hint = "lower train.tokens_per_microbatch or --max-length; the last checkpoint is usable"
         return OutOfMemory("out of memory", hint=hint)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

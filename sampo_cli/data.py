@@ -69,6 +69,10 @@ class PairDataset:
         prompt, chosen, rejected = np.split(tokens, np.cumsum(lengths)[:-1])
         return Pair(int(record["pair_id"]), prompt, chosen, rejected)
 
+    def where(self, pair_id: int) -> str:
+        """Where the pair of that id came from, for messages."""
+        return self.location(int(np.searchsorted(self.pair_ids, pair_id)))
+
     def location(self, index: int) -> str:
         """Where pair `index` came from: "file.jsonl:17", "file.parquet row 17" or "owner/name row 17", from 1."""
         record = self._index[index]

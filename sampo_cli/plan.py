@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +57,13 @@ def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'{nearest(name, METHODS)}", hint=f"known: {', '.join(METHODS)}")
     return resolve(recipe, METHODS[name].recipe_defaults())
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse a tracker that is not installed now, not after the model is loaded."""
+    for name in recipe.output.report_to:
+        if find_spec(name) is None:
+            raise UsageError(f"--report-to {name}: {name} is not installed", hint=f"pip install {name}")
 
 
 def make_plan(recipe: Recipe, view: Notes) -> Plan:

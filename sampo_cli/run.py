@@ -22,13 +22,13 @@ from sampo_cli.config import Recipe, read_recipe, validate
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.lora import save_adapter
 from sampo_cli.model import ModelFacts, load_policy
-from sampo_cli.plan import Plan, make_plan, resolve_recipe
+from sampo_cli.plan import Plan, check_trackers, make_plan, resolve_recipe
 from sampo_cli.signals import stop_requests
 from sampo_cli.trainer import Split, Trainer
 
 RESUMABLE_CHANGES = {
     *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
-    *("output.report_to", "output.dir"),
+    "output.report_to",
 }
 
 
@@ -52,6 +52,7 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     Raises:
         SampoError: of any kind; the folder's state says so.
     """
+    check_trackers(recipe)
     the_plan = make_plan(recipe, view)
     settings = recipe.train
     policy, facts = load_policy(
@@ -60,9 +61,7 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     tell_model(facts, recipe, view)
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-    dataset = the_plan.dataset
-    index_of = dict(zip(dataset.pair_ids.tolist(), range(len(dataset)), strict=True))
-    pairs = Split(dataset, the_plan.train, the_plan.evaluation, lambda pair_id: dataset.location(index_of[pair_id]))
+    pairs = Split(the_plan.dataset, the_plan.train, the_plan.evaluation, the_plan.dataset.where)
     trainer = Trainer(policy, pairs, recipe, the_plan.method, run, view)
     if resume_from:
         trainer.restore(resume_from)

