@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sampo_cli.errors import SampoError
+from sampo_cli.errors import Interrupted, SampoError
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
@@ -28,11 +28,12 @@ def print_json(value: Any) -> None:
 
 def show_error(error: SampoError) -> None:
     """What is wrong and what to do next: a panel on a terminal, lines elsewhere."""
+    title, style = ("stopped", "yellow") if isinstance(error, Interrupted) else ("error", "red")
     if stderr.is_terminal:
         hint = f"\n[dim]{escape(error.hint)}[/dim]" if error.hint else ""
-        stderr.print(Panel(escape(error.message) + hint, title="error", title_align="left", border_style="red"))
+        stderr.print(Panel(escape(error.message) + hint, title=title, title_align="left", border_style=style))
         return
-    stderr.print(f"error: {error.message}", markup=False, soft_wrap=True)
+    stderr.print(f"{title}: {error.message}", markup=False, soft_wrap=True)
     if error.hint:
         stderr.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
 

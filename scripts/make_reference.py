@@ -61,8 +61,8 @@ ENVIRONMENT = [
 _PROCESS_CODES = {
     ExitCode.OK: "The command did what was asked.",
     ExitCode.FAILURE: "Anything that has no code of its own, such as a full disk or a bug.",
-    ExitCode.INTERRUPTED: "Ctrl-C. A training run has saved itself; `--resume` goes on.",
-    ExitCode.TERMINATED: "SIGTERM. A training run has saved itself; `--resume` goes on.",
+    ExitCode.INTERRUPTED: "Ctrl-C. A run that was training has saved itself; `--resume` goes on.",
+    ExitCode.TERMINATED: "SIGTERM. A run that was training has saved itself; `--resume` goes on.",
 }
 
 
