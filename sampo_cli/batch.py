@@ -8,7 +8,7 @@ Legend: B pairs, R rows, S positions of a row, N scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -21,6 +21,9 @@ from sampo_cli.sampling import POLICY, REFERENCE, Reduction, Sampling, pair_gene
 
 Layout = Literal["shared", "separate"]
 TokenIds = NDArray[np.int32]
+
+FORWARD_COST = 128
+"""What one more forward pass costs, in positions; padding below that is cheaper than another cut."""
 
 PADDING = -1
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -182,20 +185,24 @@ def step_indices(pairs: int, pairs_per_step: int, seed: int, step: int) -> tuple
     return epoch, epoch_order(pairs, seed, epoch)[within * pairs_per_step :][:pairs_per_step]
 
 
-def micro_batches(pairs: Iterable[Pair], token_budget: int, layout: Layout = "shared") -> Iterator[list[Pair]]:
+def micro_batches(pairs: Iterable[Pair], token_budget: int, layout: Layout = "shared") -> list[list[Pair]]:
     """Cut a step's pairs into micro-batches of at most `token_budget` positions, padding included.
 
-    Pairs are sorted by length, longest first, so that rows of a micro-batch hardly need padding and the step's
-    largest allocation comes first. A pair that is longer than the budget gets a micro-batch of its own.
+    Pairs are sorted by length, longest first, and cut where the sum of padding and of `FORWARD_COST` per micro-batch
+    is least. A pair that is longer than the budget gets a micro-batch of its own.
     """
     ordered = sorted(pairs, key=lambda pair: (-max(pair.row_lengths(layout)), pair.pair_id))
     rows_per_pair = 1 if layout == "shared" else 2
-    group: list[Pair] = []
-    for pair in ordered:
-        width = max(group[0].row_lengths(layout)) if group else 0
-        if group and width * rows_per_pair * (len(group) + 1) > token_budget:
-            yield group
-            group = []
-        group.append(pair)
-    if group:
-        yield group
+    widths = [rows_per_pair * max(pair.row_lengths(layout)) for pair in ordered]
+    # best[i]: least cost of the pairs from i on, and where their first micro-batch ends.
+    best: list[tuple[int, int]] = [(0, 0)] * (len(ordered) + 1)
+    for start in range(len(ordered) - 1, -1, -1):
+        most = max(1, token_budget // widths[start])
+        ends = range(start + 1, min(start + most, len(ordered)) + 1)
+        best[start] = min((FORWARD_COST + widths[start] * (end - start) + best[end][0], end) for end in ends)
+    groups, start = [], 0
+    while start < len(ordered):
+        end = best[start][1]
+        groups.append(ordered[start:end])
+        start = end
+    return groups

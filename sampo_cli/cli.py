@@ -125,11 +125,11 @@ def train(
         the_recipe, found = plans.resolve_recipe(tree), None
         folder = plans.new_folder(the_recipe)
     with console.run_view(quiet=quiet) as view:
-        result = plans.dry_run(the_recipe, view) if dry_run else runs.train(the_recipe, view, folder, found)
+        result = plans.dry_run(the_recipe, view, folder) if dry_run else runs.train(the_recipe, view, folder, found)
     if as_json:
         console.print_json(result)
     elif dry_run:
-        console.stdout.print(console.key_value_table("dry run", result))
+        console.print_facts("dry run", result)
     elif not quiet:
         console.print_summary(result, folder)
 
@@ -179,7 +179,7 @@ def merge(
     if as_json:
         console.print_json(result.to_dict())
     elif not quiet:
-        console.stdout.print(console.key_value_table("merged", result.facts()))
+        console.print_facts("merged", result.facts())
 
 
 @app.command("push-to-hub")
@@ -205,7 +205,7 @@ def push_to_hub(
 
         print_push_plan(the_plan)
     elif not quiet:
-        console.stdout.print(console.key_value_table("published", result.to_dict()))
+        console.print_facts("published", result.to_dict())
 
 
 def _version(value: bool) -> None:

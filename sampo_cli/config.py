@@ -71,7 +71,7 @@ class LoraSection(Section):
 
 
 class MethodConfig(Section):
-    name: str = Field("sampo", description="A method of `sampo methods`.")
+    name: str = Field("sampo", description="Loss and defaults: sampo or dpo.")
     beta: float | None = Field(None, gt=0, description="Strength of the reference; the method's default if empty.")
     reduction: Literal["sum", "sample", "expected", "average", "mean"] | None = Field(
         None, description="How token log-ratios become one number; the method's default if empty."

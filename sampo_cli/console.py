@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from sampo_cli.errors import Interrupted, SampoError
 
@@ -38,12 +37,12 @@ def show_error(error: SampoError) -> None:
         stderr.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
 
 
-def key_value_table(title: str, rows: Mapping[str, Any]) -> Table:
-    """Two columns without a frame, for a handful of facts."""
-    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
-    for key, value in rows.items():
-        table.add_row(f"[dim]{escape(key)}[/dim]", escape(str(value)))
-    return table
+def print_facts(title: str, facts: Mapping[str, Any], console: Console = stdout) -> None:
+    """A handful of facts, a line each; long ones are not broken, so that paths and commands can be copied."""
+    console.print(title, style="bold", markup=False)
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        console.print(f"  [dim]{escape(key):<{width}}[/dim]  {escape(str(value))}", soft_wrap=True)
 
 
 def train_line(row: Mapping[str, Any], steps: int) -> str:
@@ -157,4 +156,4 @@ def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
         "adapter": f"{folder / 'adapter'} (of step {summary['adapter_step']})",
         "next": f"sampo merge {folder}",
     }
-    stderr.print(key_value_table("finished", facts), soft_wrap=True)
+    print_facts("finished", facts, stderr)

@@ -122,6 +122,19 @@ def _samples(file: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:
         yield file.read(SAMPLE_BYTES)
 
 
+def adapter_digest(folder: Path) -> str:
+    """sha256 of an adapter's weights: tells whether a merged model is of this adapter or of an earlier one."""
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def merged_is_current(run: Path) -> bool:
+    """False if a run's merged/ records another adapter than the one in adapter/ now."""
+    recorded = read_json(run / "merged" / "sampo.json") if (run / "merged" / "sampo.json").is_file() else {}
+    made_of = recorded.get("adapter_sha256")
+    return made_of is None or made_of == adapter_digest(run / "adapter")
+
+
 def weights_fingerprint(folder: Path) -> str:
     """32 hex digits that say which model lies in `folder`.
 

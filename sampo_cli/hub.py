@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sampo_cli import __version__
 from sampo_cli.card import hub_id, model_card, read_facts, read_tree, run_of
 from sampo_cli.errors import HubError, ModelError, UsageError
-from sampo_cli.fingerprint import INDEX_FILE, read_header, weight_files
+from sampo_cli.fingerprint import INDEX_FILE, merged_is_current, read_header, weight_files
 from sampo_cli.remote import first_line, hub_errors, is_path_like
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def _folder_of(source: Path, merged: bool) -> tuple[Path, bool]:
     has_adapter, has_model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
     if merged and not has_model:
         raise ModelError(f"{source}: there is no merged model", hint=f"make one: sampo merge {source}")
+    if merged and is_run and not merged_is_current(source):
+        raise ModelError(f"{source}: merged/ is of an earlier adapter", hint=f"delete it, then: sampo merge {source}")
     if has_adapter or has_model:
         return folder, not has_adapter
     if is_run:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sampo_cli.errors import NumericsError
-from sampo_cli.fingerprint import INDEX_FILE, StoredTensor, read_json
+from sampo_cli.fingerprint import INDEX_FILE, StoredTensor, adapter_digest, read_json
 from sampo_cli.merge_plan import FLOATS, Plan
 
 TOKENIZER_FILES = (
@@ -129,7 +129,9 @@ def copy_files(base: Path, adapter: Path, folder: Path) -> None:
     own = any((adapter / name).is_file() for name in _TOKENIZERS)
     _copy(base, folder, BASE_FILES)
     _copy(base, folder, _VOCABULARIES if own else TOKENIZER_FILES)
-    _copy(adapter, folder, ("sampo.json", *(TOKENIZER_FILES if own else ("chat_template.jinja",))))
+    _copy(adapter, folder, TOKENIZER_FILES if own else ("chat_template.jinja",))
+    record = read_json(adapter / "sampo.json") if (adapter / "sampo.json").is_file() else {}
+    _write_json(folder / "sampo.json", {**record, "adapter_sha256": adapter_digest(adapter)})
 
 
 def _copy(source: Path, folder: Path, patterns: Iterable[str]) -> None:

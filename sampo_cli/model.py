@@ -19,7 +19,7 @@ from sampo_cli.errors import ModelError, OutOfMemory
 from sampo_cli.fingerprint import weights_fingerprint
 from sampo_cli.lora import add_adapter, resume_adapter
 from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, find_layout, is_state_space
-from sampo_cli.remote import fetch_model, first_line
+from sampo_cli.remote import fetch_model, first_line, local_folder
 
 NF4_BLOCK = 64
 """Weights that share one scale in bitsandbytes' 4-bit storage."""
@@ -193,6 +193,9 @@ def load_policy(
     device = pick_device()
     base = load_base(config, device)
     model = resume_adapter(base, config.adapter) if config.adapter else add_adapter(base, lora, seed)
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = str(local_folder(config.name) or config.name)
+        adapter.revision = config.revision
     if gradient_checkpointing and base.supports_gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model, dtype=pick_dtype(config.dtype, device))

@@ -32,6 +32,16 @@ def make_scheduler(
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Give the next step the rate of this schedule: after a resume with another length the saved one is stale."""
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak allocated bytes on a GPU, resident bytes of the process elsewhere."""
     if device.type == "cuda":

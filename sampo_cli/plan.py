@@ -56,7 +56,10 @@ def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
     name = recipe.method.name
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'{nearest(name, METHODS)}", hint=f"known: {', '.join(METHODS)}")
-    return resolve(recipe, METHODS[name].recipe_defaults())
+    defaults = METHODS[name].recipe_defaults()
+    if recipe.train.max_steps:
+        defaults["train"].pop("epochs", None)
+    return resolve(recipe, defaults)
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -105,7 +108,7 @@ def inspect_pair(the_plan: Plan, row: int | None = None) -> tuple[list[Token], s
     return token_view(pair, the_plan.tokenizer, keep), dataset.location(index)
 
 
-def dry_run(recipe: Recipe, view: Notes) -> dict[str, Any]:
+def dry_run(recipe: Recipe, view: Notes, folder: Path) -> dict[str, Any]:
     """What a run would do, from config, tokenizer and data alone."""
     the_plan = make_plan(recipe, view)
     dataset, settings = the_plan.dataset, recipe.train
@@ -122,7 +125,7 @@ def dry_run(recipe: Recipe, view: Notes) -> dict[str, Any]:
         "tokens per pair, most": int(lengths.max()),
         "tokens in all": int(lengths[the_plan.train].mean() * settings.batch_pairs * steps),
         "learning rate": settings.learning_rate,
-        "output": str(new_folder(recipe)),
+        "output": str(folder),
     }
 
 

@@ -116,7 +116,7 @@ def first_line(error: BaseException) -> str:
 def local_folder(name: str) -> Path | None:
     """The folder that `name` names on this machine, if there is one."""
     path = Path(name).expanduser()
-    return path if path.is_dir() else None
+    return path.resolve() if path.is_dir() else None
 
 
 def fetch(name: str, repo_type: RepoType, *, revision: str | None, patterns: tuple[str, ...]) -> Path:

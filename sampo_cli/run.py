@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from sampo_cli import checkpoint
+from sampo_cli import checkpoint, metrics
 from sampo_cli.adapter import RECORD_FILE
 from sampo_cli.card import model_card
-from sampo_cli.config import Recipe, read_recipe, validate
+from sampo_cli.config import LoraSection, Recipe, read_recipe, validate
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.lora import save_adapter
 from sampo_cli.model import ModelFacts, load_policy
@@ -116,6 +115,8 @@ def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
         f"adapter: {facts.trainable_parameters:,} trainable parameters ({share:.2%}) in {facts.adapter_layers} layers, "
         f"float32; reference: {'a frozen copy of ' + recipe.model.adapter if recipe.model.adapter else 'adapter off'}"
     )
+    if recipe.model.adapter and recipe.lora != LoraSection():
+        view.note("warning: --adapter brings its own rank, scale and layers; the recipe's lora section is not used")
     if facts.layout == "separate":
         view.note(f"layout: two rows per pair{f', because {facts.layout_reason}' if facts.layout_reason else ''}")
     if recipe.method.sampling == "independent":
@@ -153,7 +154,6 @@ class Record:
 
     def __init__(self, run: Path, the_plan: Plan, facts: ModelFacts, trainer: Trainer) -> None:
         self.run, self.plan, self.facts, self.trainer = run, the_plan, facts, trainer
-        self.started = time.time()
 
     def write(self, state: str) -> dict[str, Any]:
         recipe, facts, progress = self.plan.recipe, self.facts, self.trainer.progress
@@ -181,7 +181,7 @@ class Record:
             "generated": None,
             "versions": versions(),
             "device": facts.device,
-            "seconds": round(time.time() - self.started, 1),
+            "seconds": round(sum(row.get("seconds", 0) for row in metrics.read(self.run / "metrics.jsonl")), 1),
         }
         aside = self.run / "summary.json.tmp"
         aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from sampo_cli.config import Recipe, TrainConfig
 from sampo_cli.errors import Interrupted, NumericsError
 from sampo_cli.lora import load_adapter_weights, save_adapter
 from sampo_cli.losses import Method, PairScores
-from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
+from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes, set_rate
 from sampo_cli.policy import Policy, reference
 from sampo_cli.scores import Tally, pair_scores
 from sampo_cli.signals import StopRequest
@@ -294,6 +294,7 @@ class Trainer:
         state = torch.load(folder / checkpoint.STATE_FILE, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        set_rate(self.optimizer, self.scheduler)
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["generators"]["torch"])
         if "cuda" in state["generators"] and torch.cuda.is_available():

@@ -135,7 +135,7 @@ def main() -> None:
         "recipe": RUN / "recipe.yaml",
         "seconds": f"{time.monotonic() - started:.0f}",
     }
-    console.stdout.print(console.key_value_table("where everything is", places), soft_wrap=True)
+    console.print_facts("where everything is", places)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tiny models on several threads spin more than they compute; before torch is loaded
+)
 
 import pytest
 

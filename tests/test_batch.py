@@ -73,9 +73,25 @@ def test_epoch_order_visits_everything_once_and_differs_by_epoch() -> None:
     assert steps_per_epoch(10, 4) == 3
 
 
+def rows_of(lengths: list[int]) -> list[Pair]:
+    return [make_pair(i, [1], [2], [3] * (n - 2)) for i, n in enumerate(lengths)]
+
+
+def cut(lengths: list[int], budget: int) -> list[list[int]]:
+    return [[pair.pair_id for pair in group] for group in micro_batches(rows_of(lengths), budget)]
+
+
 def test_micro_batches_keep_to_the_budget_longest_first() -> None:
-    # Rows of 8, 6, 6, 3 positions; a budget of 12 holds one row of 8, two of 6, then one of 3.
-    pairs = [make_pair(i, [1], [2] * 1, [3] * (n - 2)) for i, n in enumerate([6, 3, 8, 6])]
-    assert [[p.pair_id for p in group] for group in micro_batches(pairs, 12)] == [[2], [0, 3], [1]]
+    # Rows of 8, 6, 6, 3 positions; a budget of 12 holds one row of 8, or two of 6.
+    assert cut([6, 3, 8, 6], 12) == [[2], [0, 3], [1]]
     # A pair beyond the budget is not lost.
-    assert [[p.pair_id for p in group] for group in micro_batches(pairs, 2)] == [[2], [0], [3], [1]]
+    assert cut([6, 3, 8, 6], 2) == [[2], [0], [3], [1]]
+
+
+def test_micro_batches_are_cut_where_padding_would_cost_more_than_a_forward_pass() -> None:
+    # 1,000 and 100: together 900 positions of padding, apart one forward pass (128).
+    assert cut([1000, 100], 4096) == [[0], [1]]
+    # 200 and 100: together 100 positions of padding.
+    assert cut([200, 100], 4096) == [[0, 1]]
+    # 400, 390, 60, 50, 40: cut once, between 390 and 60.
+    assert cut([60, 400, 50, 390, 40], 4096) == [[1, 3], [0, 2, 4]]

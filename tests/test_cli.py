@@ -197,6 +197,10 @@ def test_merge_and_push_dry_run(finished: Path) -> None:
     shown = succeeds("push-to-hub", finished, "--repo", "me/tiny", "--merged", "--dry-run").stdout
     assert "model.safetensors" in shown
     assert "private" in shown
+    record = finished / "merged" / "sampo.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"adapter_sha256": "of another"}))
+    stale = fails(ExitCode.MODEL, "push-to-hub", finished, "--repo", "me/tiny", "--merged", "--dry-run")
+    assert "merged/ is of an earlier adapter" in stale
 
 
 def test_going_on_from_an_adapter(finished: Path, tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -207,16 +211,16 @@ def test_going_on_from_an_adapter(finished: Path, tiny_llama: Path, pairs_file: 
     assert json.loads((run / "summary.json").read_text())["model"]["adapter"] == str(finished)
 
 
-def test_data_shows_counts_lengths_and_a_pair(
-    refuses: Callable[..., str], tiny_llama: Path, pairs_file: Path
-) -> None:
+def test_data_shows_counts_lengths_and_a_pair(refuses: Callable[..., str], tiny_llama: Path, pairs_file: Path) -> None:
     summary = json.loads(succeeds("data", pairs_file, "--model", tiny_llama, "--json").stdout)
     assert summary["counts"]["kept"] == 24
     shown = succeeds("data", pairs_file, "--model", tiny_llama, "--row", 3).stdout
     assert f"{pairs_file}:3" in shown.replace("\n", "")
     assert "chosen is longer in" in shown
     assert "<|im_end|>│" in shown
-    assert "not among the usable pairs" in refuses(ExitCode.DATA, "data", pairs_file, "--model", tiny_llama, "--row", 99)
+    assert "not among the usable pairs" in refuses(
+        ExitCode.DATA, "data", pairs_file, "--model", tiny_llama, "--row", 99
+    )
 
 
 def test_tensorboard_gets_the_rows(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -269,6 +273,18 @@ def test_a_signal_saves_and_the_resumed_run_is_the_whole_run(
     assert cut == whole
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, 26))
+
+
+def test_more_steps_for_a_finished_run_start_at_the_new_schedules_rate(
+    tiny_llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    succeeds(*train_flags(tiny_llama, pairs_file, run, "--quiet", "--set", "train.warmup_ratio=0.0"))
+    succeeds("train", "--resume", run, "--max-steps", 6, "--quiet")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
+    # Linear from 2e-5 over 3 steps, then the second half of a line over 6.
+    assert rates == pytest.approx([2e-5 * share for share in (1, 2 / 3, 1 / 3, 3 / 6, 2 / 6, 1 / 6)])
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_the_users_own_commands(hub: HubServer, tmp_path: Path) -> None:
         assert published.files["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
         assert str(tmp_path).encode() not in b"".join(published.files.values())
 
-    code = f"""
+    code = """
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("tester/tiny")
 print(model.peft_config["default"].base_model_name_or_path)
