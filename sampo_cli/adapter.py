@@ -35,7 +35,7 @@ _PARTS = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".base_layer.weight": "copy",
 }
-_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 _WITHOUT_EFFECT = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
@@ -125,7 +125,7 @@ def _refuse(folder: Path, settings: dict[str, Any]) -> None:
         raise ModelError(
             f"adapter {folder}: its kind is {settings.get('peft_type')!r}", hint="only LoRA adapters can be merged"
         )
-    if settings.get("init_lora_weights", True) not in _KEEPS_BASE:
+    if settings.get("init_lora_weights", True) not in KEEPS_BASE:
         raise ModelError(
             f"adapter {folder}: init_lora_weights={settings['init_lora_weights']!r} changed the base's weights",
             hint="convert it to a plain LoRA adapter with PEFT (path_initial_model_for_weight_conversion) first",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sampo_cli.sampling import POLICY, REFERENCE, Reduction, Sampling, pair_generator, pair_weights
+from sampo_cli.sampling import ORDER, POLICY, REFERENCE, Reduction, Sampling, pair_generator, pair_weights
 
 Layout = Literal["shared", "separate"]
 TokenIds = NDArray[np.int32]
@@ -169,9 +170,10 @@ def collate(pairs: Sequence[Pair], draw: Draw, layout: Layout = "shared") -> Pai
     )
 
 
+@lru_cache(maxsize=2)
 def epoch_order(pairs: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order in which an epoch visits `range(pairs)`: a function of (seed, epoch) alone, so a resume finds it."""
-    return np.random.default_rng((seed, epoch)).permutation(pairs)
+    return np.random.default_rng((seed, epoch, 0, ORDER)).permutation(pairs)
 
 
 def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:

@@ -12,6 +12,7 @@ from sampo_cli.errors import SampoError, UsageError
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.pt"
+BEST = "best"
 
 FULL_BYTES = 2**20
 """A disk with less than this left is taken to be the reason why a write failed."""
@@ -63,6 +64,29 @@ def step_folder(run: Path, step: int) -> Path:
 def all_checkpoints(run: Path) -> list[Path]:
     """A run's whole checkpoints, oldest first."""
     return sorted(folder for folder in (run / CHECKPOINTS).glob("step-*") if (folder / STATE_FILE).is_file())
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """A copy of a folder that shares its files' bytes where the file system can; nothing if there is no source."""
+
+    def link(one: str, other: str) -> str:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copyfile(one, other)
+        return other
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+
+
+def forget_after(run: Path, found: Path) -> None:
+    """Make a run's folder what it was when the checkpoint `found` was written: none newer, its best adapter."""
+    for folder in all_checkpoints(run):
+        if folder.name > found.name:
+            shutil.rmtree(folder)
+    shutil.rmtree(run / BEST, ignore_errors=True)
+    link_folder(found / BEST, run / BEST)
 
 
 def prune(run: Path, keep: int) -> None:

@@ -75,6 +75,8 @@ def _tree(recipe: str | None, flags: dict[str, Any], settings: Sequence[str] | N
         if value is not None:
             section, key = FLAGS[flag].split(".")
             put(tree, section, key, value)
+    if flags.get("epochs") is not None and flags.get("max_steps") is None:
+        put(tree, "train", "max_steps", None)
     apply_settings(tree, settings or [])
     return tree
 

@@ -84,7 +84,7 @@ class MethodConfig(Section):
 
 class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0, description="Passes over the data; the method's default if empty.")
-    max_steps: Positive | None = Field(None, description="Optimizer steps, instead of epochs.")
+    max_steps: Positive | None = Field(None, description="Optimizer steps; epochs do not count then.")
     batch_pairs: Positive = Field(16, description="Pairs per optimizer step.")
     tokens_per_microbatch: Positive = Field(4096, description="Positions of one forward pass; lower it to save memory.")
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; the method's default if empty.")
@@ -150,7 +150,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"recipe {path}: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"recipe {path}: expected sections such as 'model:' and 'data:'")
-    return content
+    return {key: {} if value is None else value for key, value in content.items()}
 
 
 def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:

@@ -46,10 +46,11 @@ def print_facts(title: str, facts: Mapping[str, Any], console: Console = stdout)
 
 
 def train_line(row: Mapping[str, Any], steps: int) -> str:
+    norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     return (
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  margin {row['margin']:+.3f}  "
         f"accuracy {row['accuracy']:.2f}  kept {row['kept_tokens']}/{row['response_tokens']} tokens  "
-        f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} tokens/s"
+        f"lr {row['learning_rate']:.2e}  grad {norm}  {row['tokens_per_second']:,.0f} tokens/s"
     )
 
 

@@ -24,6 +24,7 @@ from sampo_cli.batch import Pair
 from sampo_cli.config import DataConfig
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.pair_builder import INDEX, Counts, Progress, StoreBuilder
+from sampo_cli.sampling import SPLIT
 from sampo_cli.sources import DataFile, digest, find
 from sampo_cli.template import PairEncoder
 
@@ -125,7 +126,7 @@ def split(pairs: int, eval_fraction: float, seed: int) -> tuple[NDArray[np.int64
     At least one pair is held out where a fraction is asked for and there are two; never all of them.
     """
     held_out = min(max(round(pairs * eval_fraction), 1), pairs - 1) if eval_fraction > 0 and pairs > 1 else 0
-    order = np.random.default_rng(seed).permutation(pairs)
+    order = np.random.default_rng((seed, 0, 0, SPLIT)).permutation(pairs)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 

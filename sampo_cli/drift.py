@@ -20,6 +20,7 @@ from sampo_cli.config import ModelConfig, read_recipe, validate
 from sampo_cli.errors import SampoError
 from sampo_cli.fingerprint import read_header, weight_files
 from sampo_cli.model import context_length, load_base, load_config, pick_device
+from sampo_cli.remote import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,6 +120,8 @@ def compare_with_live(
         return None, error.message
     except torch.OutOfMemoryError:
         return None, "the device has no room for the comparison"
+    except (ValueError, RuntimeError, KeyError, OSError) as error:  # the merge is done; only its check is not
+        return None, f"the comparison failed: {first_line(error)}"
     difference = (actual - expected).abs()
     return Drift(len(difference), difference.mean().item(), difference.max().item(), quantization, kind), None
 

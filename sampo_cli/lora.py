@@ -5,16 +5,17 @@ Adapter weights are float32. Nothing here reaches for the network once a run has
 
 from __future__ import annotations
 
-import json
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sampo_cli.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE
+from sampo_cli.adapter import CONFIG_FILE, KEEPS_BASE, RECORD_FILE, WEIGHTS_FILE
 from sampo_cli.config import LoraSection
 from sampo_cli.errors import ModelError
+from sampo_cli.fingerprint import read_json
 from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, REFERENCE_ADAPTER, Policy, is_state_space
 from sampo_cli.remote import fetch, first_line
 
@@ -49,11 +50,15 @@ def add_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
         raise ModelError(f"LoRA cannot be added: {first_line(error)}", hint="see lora.targets") from error
 
 
-def resume_adapter(base: Any, name: str) -> Any:
+def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) -> Any:
     """Go on from a trained adapter: the policy starts as it, and a frozen copy of it is the reference.
 
+    Args:
+        base_fingerprint: of the base's weights; compared with those that the adapter was trained on, where recorded.
+        dropout: of the policy from now on, whatever the adapter was trained with.
+
     Raises:
-        ModelError: no adapter there, or one with weights that adapter-off or a copy would not undo.
+        ModelError: no adapter there, one of another base, or one with weights that a frozen copy would not undo.
     """
     from peft import PeftModel
 
@@ -62,14 +67,20 @@ def resume_adapter(base: Any, name: str) -> Any:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise ModelError(f"adapter '{name}': no {file} in {folder}", hint="give a run's folder or an adapter's")
-    settings = json.loads((folder / CONFIG_FILE).read_text())
+    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
+    if record.get("base_fingerprint", base_fingerprint) != base_fingerprint:
+        raise ModelError(
+            f"adapter '{name}' was trained on '{record.get('base_model')}', and the base given has other weights",
+            hint="give --model the model that it was trained on",
+        )
+    settings = read_json(folder / CONFIG_FILE)
     for key, allowed in (("bias", ("none", None)), ("modules_to_save", ([], None)), ("peft_type", ("LORA",))):
         if settings.get(key) not in allowed:
             raise ModelError(
                 f"adapter '{name}': {key}={settings[key]!r} trains more than LoRA, which would move the reference",
                 hint="go on from a LoRA adapter with bias='none' and no modules_to_save",
             )
-    if settings.get("init_lora_weights") not in (True, False, "gaussian", "orthogonal", None):
+    if settings.get("init_lora_weights") not in KEEPS_BASE:
         raise ModelError(
             f"adapter '{name}': init_lora_weights={settings['init_lora_weights']!r} changes the base on loading",
             hint="convert it to a plain LoRA adapter with PEFT first",
@@ -80,22 +91,37 @@ def resume_adapter(base: Any, name: str) -> Any:
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"adapter '{name}' does not fit the base: {first_line(error)}") from error
     model.set_adapter(POLICY_ADAPTER)
+    model.peft_config[POLICY_ADAPTER].lora_dropout = dropout
     for module in model.modules():
         dropouts = getattr(module, "lora_dropout", None)
         if dropouts is not None and REFERENCE_ADAPTER in dropouts:
             dropouts[REFERENCE_ADAPTER] = nn.Identity()
+            dropouts[POLICY_ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
     return model
 
 
+def lora_section(model: Any) -> LoraSection:
+    """What the policy's adapter really is: a recipe's `lora` section cannot change one that was gone on from."""
+    peft_config = model.peft_config[POLICY_ADAPTER]
+    targets = peft_config.target_modules
+    return LoraSection(
+        r=peft_config.r,
+        alpha=peft_config.lora_alpha,
+        dropout=peft_config.lora_dropout,
+        targets=targets if isinstance(targets, str) else sorted(targets),
+        rslora=peft_config.use_rslora,
+        dora=peft_config.use_dora,
+    )
+
+
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """Write the policy's adapter in PEFT's format; `base_model_name_or_path` is the base as the user named it."""
+    """Write the policy's adapter in PEFT's format."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    settings = policy.model.peft_config[POLICY_ADAPTER].to_dict()
-    settings["inference_mode"] = True
-    settings["target_modules"] = sorted(settings["target_modules"])
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n")
+    settings = copy.copy(policy.model.peft_config[POLICY_ADAPTER])
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(policy.model, adapter_name=POLICY_ADAPTER, save_embedding_layers=False)
     save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
 

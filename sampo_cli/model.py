@@ -18,7 +18,7 @@ from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.errors import ModelError, OutOfMemory
 from sampo_cli.fingerprint import weights_fingerprint
 from sampo_cli.lora import add_adapter, resume_adapter
-from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, find_layout, is_state_space
+from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, check_head, find_layout, is_state_space
 from sampo_cli.remote import fetch_model, first_line, local_folder
 
 NF4_BLOCK = 64
@@ -70,7 +70,7 @@ def load_config(config: ModelConfig, folder: Path) -> Any:
         raise ModelError(f"model '{config.name}': {first_line(error)}", hint=hint) from error
     for part in {id(part): part for part in (architecture, architecture.get_text_config())}.values():
         for key, value in part.to_dict().items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            if isinstance(value, float) and any(word in key for word in ("dropout", "pdrop", "layerdrop", "jitter")):
                 setattr(part, key, 0.0)
     return architecture
 
@@ -192,22 +192,27 @@ def load_policy(
     """Base, adapters, checkpointing and layout, ready to train."""
     device = pick_device()
     base = load_base(config, device)
-    model = resume_adapter(base, config.adapter) if config.adapter else add_adapter(base, lora, seed)
+    fingerprint = weights_fingerprint(fetch_model(config.name, config.revision))
+    if config.adapter:
+        model = resume_adapter(base, config.adapter, fingerprint, lora.dropout)
+    else:
+        model = add_adapter(base, lora, seed)
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = str(local_folder(config.name) or config.name)
         adapter.revision = config.revision
     if gradient_checkpointing and base.supports_gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model, dtype=pick_dtype(config.dtype, device))
+    check_head(policy)
     reason = ""
     if config.layout == "auto":
         policy.layout, reason = find_layout(policy)
     else:
         policy.layout = config.layout
-    return policy, describe(policy, config, reason)
+    return policy, describe(policy, config, reason, fingerprint)
 
 
-def describe(policy: Policy, config: ModelConfig, layout_reason: str) -> ModelFacts:
+def describe(policy: Policy, config: ModelConfig, layout_reason: str, fingerprint: str) -> ModelFacts:
     """Count what was loaded; `total_parameters` counts a packed 4-bit weight by its elements, not its bytes."""
     model = policy.model
     dtypes: Counter[str] = Counter()
@@ -223,7 +228,7 @@ def describe(policy: Policy, config: ModelConfig, layout_reason: str) -> ModelFa
     folder = fetch_model(config.name, config.revision)
     return ModelFacts(
         folder=folder,
-        fingerprint=weights_fingerprint(folder),
+        fingerprint=fingerprint,
         device=str(causal_lm.device),
         dtype=str(pick_dtype(config.dtype, causal_lm.device)).removeprefix("torch."),
         quantized_layers=count_quantized(model),

@@ -5,8 +5,10 @@ Everything that can be wrong with a recipe, a tokenizer or the data is found her
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +54,7 @@ def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: problems, all of them, or an unknown method.
     """
-    recipe = validate(tree)
+    recipe = with_whole_paths(validate(tree))
     name = recipe.method.name
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'{nearest(name, METHODS)}", hint=f"known: {', '.join(METHODS)}")
@@ -60,6 +62,19 @@ def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
     if recipe.train.max_steps:
         defaults["train"].pop("epochs", None)
     return resolve(recipe, defaults)
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with local folders and files as absolute paths, so that it means the same from anywhere."""
+
+    def whole(name: str | None) -> str | None:
+        return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+
+    model, data = recipe.model, recipe.data
+    model = model.model_copy(update={"name": whole(model.name), "adapter": whole(model.adapter)})
+    sources = [whole(source) for source in data.sources]
+    data = data.model_copy(update={"sources": sources, "chat_template": whole(data.chat_template)})
+    return recipe.model_copy(update={"model": model, "data": data})
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -75,7 +90,7 @@ def make_plan(recipe: Recipe, view: Notes) -> Plan:
     if uses_plain_template(tokenizer):
         view.note("warning: the model has no chat template; the plain one of docs/data.md is used")
     config = load_config(recipe.model, fetch_model(recipe.model.name, recipe.model.revision, weights=False))
-    dataset = prepare(recipe.data, tokenizer, context=context_length(config))
+    dataset = prepare(recipe.data, tokenizer, context=context_length(config), progress=_tokenizing(view))
     counts = dataset.counts
     view.note(f"pairs: {counts.kept:,} of {counts.rows:,} usable, at most {dataset.max_length:,} tokens a side")
     for title, reasons in (("dropped", counts.dropped), ("truncated", counts.truncated)):
@@ -86,6 +101,16 @@ def make_plan(recipe: Recipe, view: Notes) -> Plan:
     train, evaluation = split(len(dataset), recipe.data.eval_fraction, recipe.train.seed)
     view.note(f"  {len(train):,} train, {len(evaluation):,} held out")
     return Plan(recipe, METHODS[recipe.method.name], tokenizer, dataset, train.tolist(), evaluation.tolist())
+
+
+def _tokenizing(view: Notes) -> Callable[[int, int | None], None]:
+    """Says how far tokenizing is, every 50,000 rows."""
+
+    def progress(done: int, total: int | None) -> None:
+        if done and done % 50_000 == 0:
+            view.note(f"tokenizing: {done:,} rows{f' of {total:,}' if total else ''}")
+
+    return progress
 
 
 def inspect_pair(the_plan: Plan, row: int | None = None) -> tuple[list[Token], str]:
@@ -123,7 +148,7 @@ def dry_run(recipe: Recipe, view: Notes, folder: Path) -> dict[str, Any]:
         "pairs per step": settings.batch_pairs,
         "tokens per pair, mean": round(float(lengths[the_plan.train].mean()), 1),
         "tokens per pair, most": int(lengths.max()),
-        "tokens in all": int(lengths[the_plan.train].mean() * settings.batch_pairs * steps),
+        "tokens in all": int(lengths[the_plan.train].mean() * min(settings.batch_pairs, len(the_plan.train)) * steps),
         "learning rate": settings.learning_rate,
         "output": str(folder),
     }
@@ -134,10 +159,26 @@ def new_folder(recipe: Recipe) -> Path:
     parts = (Path(recipe.model.name).name, recipe.method.name, Path(recipe.data.sources[0].split(":")[0]).name)
     slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part.split(".jsonl")[0]) for part in parts).strip("-.")
     folder = Path(recipe.output.dir).expanduser() if recipe.output.dir else Path("outputs") / slug
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    parent = next(place for place in folder.absolute().parents if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"the run folder cannot be made: {parent} is no folder that can be written", hint="--output")
+    if folder.exists() and not is_abandoned(folder) and (not folder.is_dir() or any(folder.iterdir())):
         resumable = folder.is_dir() and checkpoint.all_checkpoints(folder)
         raise UsageError(
             f"the run folder is already there: {folder}",
             hint=f"--output another, delete it{f', or go on with --resume {folder}' if resumable else ''}",
         )
     return folder
+
+
+def is_abandoned(folder: Path) -> bool:
+    """True for the folder of a run that ended before it had anything to keep: no checkpoint, no adapter."""
+    kept = ("adapter", checkpoint.BEST, "merged")
+    started = (folder / "summary.json").is_file() and (folder / "recipe.yaml").is_file()
+    return started and not checkpoint.all_checkpoints(folder) and not any((folder / name).exists() for name in kept)
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Delete what such a run left, so that a new one can have its name."""
+    if is_abandoned(folder):
+        shutil.rmtree(folder)

@@ -5,6 +5,7 @@ Legend: R rows, S positions of a row, N scored tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sampo_cli.batch import PADDING, PROMPT, Draw, Layout, Pair, PairBatch, collate
+from sampo_cli.errors import ModelError
 from sampo_cli.logprobs import Head, token_logps
 
 REFERENCE_ADAPTER = "reference"
@@ -22,6 +24,12 @@ POLICY_ADAPTER = "default"
 
 FUSED_LAYERS = ("conv1d", "dt_proj", "out_proj", "x_proj")
 """Layers of state-space models whose weights their kernels read directly, past any adapter or quantization."""
+
+HEAD_TOLERANCE = 5e-2
+"""Nats per token between our log-probs and those of the model's own logits, which may be rounded once more."""
+
+LEAK_TOLERANCE = 0.1
+"""Share of what an open row changes that a shared row may differ from two rows: rounding in 16 bits, never a leak."""
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -139,19 +147,57 @@ def reference(policy: nn.Module) -> Iterator[None]:
             model.set_adapter(POLICY_ADAPTER)
 
 
-def _probe_batch(vocabulary: int, layout: Layout) -> PairBatch:
+def _probe_batch(policy: Policy, layout: Layout) -> PairBatch:
     """One pair of made-up tokens; the rejected response is the longer one, so that it sits after the chosen one."""
     generator = np.random.default_rng(0)
+    vocabulary = policy.causal_lm.get_input_embeddings().weight.shape[0]
     prompt, chosen, rejected = (generator.integers(0, vocabulary, n, dtype=np.int32) for n in (9, 7, 11))
-    return collate([Pair(0, prompt, chosen, rejected)], Draw("sum", 0, 0), layout)
+    return collate([Pair(0, prompt, chosen, rejected)], Draw("sum", 0, 0), layout).to(policy.causal_lm.device)
 
 
-@torch.no_grad()
+@contextmanager
+def _probing(policy: Policy, layout: Layout) -> Iterator[None]:
+    """Inside: no gradients, no dropout, and `layout`."""
+    was, training = policy.layout, policy.training
+    policy.layout = layout
+    policy.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.layout = was
+        policy.train(training)
+
+
+def check_head(policy: Policy) -> None:
+    """Compare our log-probs with the model's own logits on one made-up pair.
+
+    Raises:
+        ModelError: they differ: the architecture does something to its logits that `Head` does not know.
+    """
+    with _probing(policy, "separate"):
+        batch = _probe_batch(policy, "separate")
+        try:
+            ours = policy(batch)
+            with torch.autocast(batch.input_ids.device.type, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
+                logits = policy.causal_lm(batch.input_ids, attention_mask=policy.masks(batch), use_cache=False).logits
+        except AttributeError as error:
+            raise ModelError(f"this architecture is not supported: {error}") from error
+    own_NV = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
+    difference = (own_NV.gather(1, batch.targets[:, None])[:, 0] - ours).abs().mean().item()
+    if difference > HEAD_TOLERANCE:  # not for nan: that is a matter of the weights, and found before the first step
+        raise ModelError(
+            f"{type(policy.causal_lm).__name__} is not supported: its output layer does more than sampo knows "
+            f"(log-probs differ by {difference:.3g} nats a token)",
+            hint="train another architecture, or report this one",
+        )
+
+
 def find_layout(policy: Policy) -> tuple[Layout, str]:
     """Test on the loaded model whether it keeps the two responses of a shared row apart.
 
     Three passes over one made-up pair: two rows, one row, and one row in which everything sees everything before it.
-    If the shared row is not far nearer to the two rows than to the open row, the model ignores the mask.
+    If the shared row is not far nearer to the two rows than to the open row, the model ignores mask or positions.
 
     Returns:
         The layout to use, and the reason where it is not the shared one.
@@ -159,22 +205,19 @@ def find_layout(policy: Policy) -> tuple[Layout, str]:
     causal_lm = policy.causal_lm
     if is_state_space(type(causal_lm)):
         return "separate", "its layers carry a state along the row"
-    device, vocabulary = causal_lm.device, causal_lm.get_input_embeddings().weight.shape[0]
-    batches = {layout: _probe_batch(vocabulary, layout).to(device) for layout in ("shared", "separate")}
-    open_row = replace(batches["shared"], segments=torch.zeros_like(batches["shared"].segments))
-    was, policy.layout = policy.layout, "separate"
-    try:
-        apart = policy(batches["separate"])
-        policy.layout = "shared"
+    if "position_ids" not in inspect.signature(causal_lm.base_model.forward).parameters:
+        return "separate", "it takes no position ids"
+    with _probing(policy, "separate"):
+        apart = policy(_probe_batch(policy, "separate"))
+    row = _probe_batch(policy, "shared")
+    with _probing(policy, "shared"):
         try:
-            shared, together = policy(batches["shared"]), policy(open_row)
+            shared, together = policy(row), policy(replace(row, segments=torch.zeros_like(row.segments)))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             return "separate", f"it does not take a mask of its own ({type(error).__name__}: {error})"[:200]
-    finally:
-        policy.layout = was
     difference, leak = (apart - shared).abs().mean(), (apart - together).abs().mean()
-    if not difference < 0.2 * leak:
+    if not difference < LEAK_TOLERANCE * leak:
         return "separate", f"its log-probs leak between the responses ({difference:.3g} against {leak:.3g})"
     return "shared", ""

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def recipes_folder() -> Path:
-    """`recipes/` inside the installed package, or beside it in a source checkout."""
-    installed = PACKAGE / "recipes"
+    """`_recipes/` inside the installed package, or `recipes/` beside it in a source checkout."""
+    installed = PACKAGE / "_recipes"
     return installed if installed.is_dir() else PACKAGE.parent / "recipes"
 
 

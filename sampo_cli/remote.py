@@ -16,10 +16,10 @@ from sampo_cli.errors import DataError, HubError, ModelError, SampoError
 
 RepoType = Literal["model", "dataset"]
 
-TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
-WEIGHT_FILES = ("*.safetensors", "*.py")
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "README.md")
+WEIGHT_FILES = ("*.safetensors",)
 DATA_FILES = ("*.json", "*.jsonl", "*.csv", "*.parquet", "*.gz", "README.md")
-NOT_NEEDED = ("original/*", "onnx/*", "*.gguf")
+NOT_NEEDED = ("original/*", "onnx/*", "*.gguf", "consolidated*")
 
 _NOT_FOUND: dict[str, type[SampoError]] = {"model": ModelError, "dataset": DataError}
 
@@ -129,7 +129,8 @@ def fetch(name: str, repo_type: RepoType, *, revision: str | None, patterns: tup
     folder = local_folder(name)
     if folder is not None:
         return folder
-    if is_path_like(name):
+    beside_folders = name.count("/") == 1 and Path(name).parent.is_dir()  # outputs/missing, seen from where outputs is
+    if is_path_like(name) or beside_folders:
         raise _NOT_FOUND[repo_type](
             f"{repo_type} not found: there is no folder '{name}'",
             hint="check the path; a name on the Hub looks like 'owner/name'",

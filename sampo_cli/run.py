@@ -6,10 +6,11 @@ Nothing is written to the run's folder before the pairs are known to be usable a
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +20,10 @@ from sampo_cli.adapter import RECORD_FILE
 from sampo_cli.card import model_card
 from sampo_cli.config import LoraSection, Recipe, read_recipe, validate
 from sampo_cli.errors import Interrupted, UsageError
-from sampo_cli.lora import save_adapter
+from sampo_cli.lora import lora_section, save_adapter
 from sampo_cli.model import ModelFacts, load_policy
-from sampo_cli.plan import Plan, check_trackers, make_plan, resolve_recipe
+from sampo_cli.plan import Plan, check_trackers, clear_abandoned, make_plan, resolve_recipe
+from sampo_cli.policy import Policy
 from sampo_cli.signals import stop_requests
 from sampo_cli.trainer import Split, Trainer
 
@@ -29,6 +31,9 @@ RESUMABLE_CHANGES = {
     *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
     "output.report_to",
 }
+
+
+STOPPING = "finishing this step, then saving; once more to leave at once"
 
 
 class RunView(Protocol):
@@ -51,27 +56,34 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     Raises:
         SampoError: of any kind; the folder's state says so.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes are not supported yet", hint="start sampo train without a launcher")
     check_trackers(recipe)
     the_plan = make_plan(recipe, view)
     settings = recipe.train
     policy, facts = load_policy(
         recipe.model, recipe.lora, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing
     )
+    recipe = what_was_loaded(recipe, facts, policy, view)
     tell_model(facts, recipe, view)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     pairs = Split(the_plan.dataset, the_plan.train, the_plan.evaluation, the_plan.dataset.where)
-    trainer = Trainer(policy, pairs, recipe, the_plan.method, run, view)
+    identity = {"the data": the_plan.dataset.fingerprint, "the base": facts.fingerprint}
+    if not resume_from:
+        clear_abandoned(run)
+    run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(policy, pairs, recipe, the_plan.method, run, view, identity)
     if resume_from:
         trainer.restore(resume_from)
         view.note(f"resuming after step {trainer.progress.step}")
-    record = Record(run, the_plan, facts, trainer)
+    (run / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    record = Record(run, replace(the_plan, recipe=recipe), facts, trainer)
+    trainer.on_save = lambda: record.write("running")
     view.begin(run, trainer.steps, trainer.progress.step)
     record.write("running")
     try:
-        with stop_requests() as stop, trainer.tracking():
+        with stop_requests(lambda: view.note(STOPPING)) as stop, trainer.tracking():
             trainer.fit(stop)
-        finish(trainer, the_plan, facts, run)
+        finish(trainer, record.plan, facts, run)
     except BaseException as error:
         record.write("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
         raise
@@ -105,6 +117,16 @@ def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
     return recipe, found
 
 
+def what_was_loaded(recipe: Recipe, facts: ModelFacts, policy: Policy, view: RunView) -> Recipe:
+    """The recipe with what loading decided: the Hub's commit, and the shape of an adapter that was gone on from."""
+    actual = lora_section(policy.model) if recipe.model.adapter else recipe.lora
+    if recipe.lora not in (LoraSection(), actual):
+        view.note("warning: --adapter brings its own rank, scale and layers; the recipe's lora section is not used")
+    commit = facts.folder.name if facts.folder.parent.name == "snapshots" else recipe.model.revision
+    model = recipe.model.model_copy(update={"revision": commit})
+    return recipe.model_copy(update={"lora": actual, "model": model})
+
+
 def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
     view.note(
         f"model: {facts.quantized_layers} of {facts.linear_layers} linear layers in {recipe.model.quantization}, "
@@ -115,8 +137,6 @@ def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
         f"adapter: {facts.trainable_parameters:,} trainable parameters ({share:.2%}) in {facts.adapter_layers} layers, "
         f"float32; reference: {'a frozen copy of ' + recipe.model.adapter if recipe.model.adapter else 'adapter off'}"
     )
-    if recipe.model.adapter and recipe.lora != LoraSection():
-        view.note("warning: --adapter brings its own rank, scale and layers; the recipe's lora section is not used")
     if facts.layout == "separate":
         view.note(f"layout: two rows per pair{f', because {facts.layout_reason}' if facts.layout_reason else ''}")
     if recipe.method.sampling == "independent":
@@ -129,7 +149,7 @@ def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
 def finish(trainer: Trainer, the_plan: Plan, facts: ModelFacts, run: Path) -> None:
     """Put the best or the final adapter into `adapter/`, ready to load elsewhere."""
     recipe = the_plan.recipe
-    best = run / "best"
+    best = run / checkpoint.BEST
     with checkpoint.whole_folder(run / "adapter") as aside:
         if recipe.output.keep == "best" and best.is_dir():
             shutil.copytree(best, aside, dirs_exist_ok=True)

@@ -15,7 +15,8 @@ Reduction = Literal["sum", "sample", "expected", "average", "mean"]
 Sampling = Literal["paired", "independent"]
 Weights = NDArray[np.float32]
 
-POLICY, REFERENCE = 0, 1
+POLICY, REFERENCE, ORDER, SPLIT = range(4)
+"""What a draw is for: the last part of a generator's key. (numpy pads keys with zeros, so POLICY needs none.)"""
 
 
 def pair_generator(seed: int, epoch: int, pair_id: int, stream: int = POLICY) -> np.random.Generator:

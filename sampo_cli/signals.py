@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sampo_cli.errors import Interrupted
+
 
 class StopRequest:
-    """Remembers the first signal that asked for an end; a second one ends the process at once."""
+    """Remembers the first signal that asked for an end; a second one ends the run at once.
 
-    def __init__(self) -> None:
+    Args:
+        announce: called at the first signal.
+    """
+
+    def __init__(self, announce: Callable[[], object] = lambda: None) -> None:
         self.signal: int | None = None
+        self._announce = announce
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -23,14 +30,17 @@ class StopRequest:
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(
+                "left at once; the newest checkpoint is whole", hint="--resume goes on", terminated=self.terminated
+            )
         self.signal = number
+        self._announce()
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(announce: Callable[[], object] = lambda: None) -> Iterator[StopRequest]:
     """Catch SIGINT and SIGTERM inside; the handlers that were there come back afterwards."""
-    request = StopRequest()
+    request = StopRequest(announce)
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request

@@ -198,7 +198,7 @@ def _parse_line(line: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         return Broken(f"{where}:{error.start + 1}: not UTF-8: {error.reason}")
     except json.JSONDecodeError as error:
-        return Broken(f"{where}:{error.colno}: not JSON: {error.msg}")
+        return Broken(f"{where}:{error.pos + 1}: not JSON: {error.msg}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         return Broken(f"{where}:1: {first_line(error)}")
 

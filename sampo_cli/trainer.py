@@ -18,13 +18,14 @@ import torch
 from accelerate import Accelerator
 
 from sampo_cli import checkpoint, metrics
-from sampo_cli.batch import Draw, Pair, PairBatch, collate, epoch_order, micro_batches, steps_per_epoch
+from sampo_cli.batch import Draw, Pair, PairBatch, collate, micro_batches, step_indices, steps_per_epoch
 from sampo_cli.config import Recipe, TrainConfig
-from sampo_cli.errors import Interrupted, NumericsError
+from sampo_cli.errors import Interrupted, NumericsError, UsageError
 from sampo_cli.lora import load_adapter_weights, save_adapter
 from sampo_cli.losses import Method, PairScores
 from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes, set_rate
 from sampo_cli.policy import Policy, reference
+from sampo_cli.remote import first_line
 from sampo_cli.scores import Tally, pair_scores
 from sampo_cli.signals import StopRequest
 
@@ -90,10 +91,25 @@ class Trainer:
         method: of `losses.METHODS`.
         folder: the run's.
         view: told of every row.
+        identity: fingerprints of what a resumed run must find unchanged, by name.
+
+    Attributes:
+        on_save: called after each checkpoint.
     """
 
-    def __init__(self, policy: Policy, split: Split, recipe: Recipe, method: Method, folder: Path, view: View) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        split: Split,
+        recipe: Recipe,
+        method: Method,
+        folder: Path,
+        view: View,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
         self.split, self.recipe, self.method, self.folder, self.view = split, recipe, method, folder, view
+        self.identity = dict(identity or {})
+        self.on_save: Callable[[], object] = lambda: None
         settings = recipe.train
         half = policy.dtype == torch.float16
         self.accelerator = Accelerator(
@@ -142,8 +158,9 @@ class Trainer:
             tally.add(batch, scores, out)
         row = tally.row(self.split.where)
         row["learning_rate"] = self.scheduler.get_last_lr()[0]
-        row["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
-        self._check_gradient(row["grad_norm"])
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
+        self._check_gradient(norm)
+        row["grad_norm"] = norm if math.isfinite(norm) else None  # float16's scaler skips such a step
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,7 +191,7 @@ class Trainer:
 
     @torch.no_grad()
     def check_reference(self) -> None:
-        """Before the first step the policy must be its reference, token by token.
+        """Before the first step the policy must be its reference: mean difference over a micro-batch's tokens.
 
         Raises:
             NumericsError: it is not, so rewards would compare two different models.
@@ -182,7 +199,7 @@ class Trainer:
         if not self.method.needs_reference:
             return
         batch = next(iter(self.batches(self.split.train[: self.recipe.train.batch_pairs], epoch=0)))
-        self.policy.eval()
+        self.policy.train(self.recipe.lora.dropout == 0)  # as in training, unless dropout must make them differ
         try:
             with reference(self.policy):
                 before = self.policy(batch)
@@ -206,17 +223,13 @@ class Trainer:
         if self.progress.step == 0:
             self.check_reference()
         settings = self.recipe.train
-        per_epoch = steps_per_epoch(len(self.split.train), settings.batch_pairs)
-        order, ordered_epoch = None, -1
         while self.progress.step < self.steps:
-            epoch, within = divmod(self.progress.step, per_epoch)
-            if epoch != ordered_epoch:
-                order, ordered_epoch = epoch_order(len(self.split.train), settings.seed, epoch), epoch
-            chosen = order[within * settings.batch_pairs :][: settings.batch_pairs]  # type: ignore[index]
+            pairs = len(self.split.train)
+            epoch, chosen = step_indices(pairs, settings.batch_pairs, settings.seed, self.progress.step)
             started = time.perf_counter()
-            row = self.train_step([self.split.train[i] for i in chosen], epoch)
+            row = self.train_step([self.split.train[index] for index in chosen], epoch)
             self.progress.step += 1
-            self._record_step(row, (self.progress.step) / per_epoch, time.perf_counter() - started)
+            self._record_step(row, time.perf_counter() - started)
             last = self.progress.step == self.steps
             if self.split.evaluation and (last or self.progress.step % self.eval_every == 0):
                 self._record_evaluation()
@@ -229,11 +242,12 @@ class Trainer:
                     terminated=stop.terminated,
                 )
 
-    def _record_step(self, row: dict[str, Any], epoch: float, seconds: float) -> None:
+    def _record_step(self, row: dict[str, Any], seconds: float) -> None:
+        per_epoch = steps_per_epoch(len(self.split.train), self.recipe.train.batch_pairs)
         row = {
             "kind": "train",
             "step": self.progress.step,
-            "epoch": round(epoch, 4),
+            "epoch": round(self.progress.step / per_epoch, 4),
             **row,
             "tokens_per_second": row["computed_tokens"] / seconds,
             "memory_bytes": memory_bytes(self.accelerator.device),
@@ -249,7 +263,7 @@ class Trainer:
         better = -row[metric] if metric == "loss" else row[metric]
         if self.progress.best is None or better > self.progress.best:
             self.progress.best, self.progress.best_row = better, row
-            with checkpoint.whole_folder(self.folder / "best") as aside:
+            with checkpoint.whole_folder(self.folder / checkpoint.BEST) as aside:
                 save_adapter(self.raw_policy, aside)
         metrics.append(self.folder / "metrics.jsonl", row)
         self._track("eval", row)
@@ -260,7 +274,11 @@ class Trainer:
         """Trackers that were asked for, open inside and closed afterwards."""
         if self.recipe.output.report_to:
             settings = {f"{s}.{k}": str(v) for s, part in self.recipe.model_dump().items() for k, v in part.items()}
-            self.accelerator.init_trackers("sampo", settings, {"wandb": {"name": self.folder.name}})
+            try:
+                self.accelerator.init_trackers("sampo", settings, {"wandb": {"name": self.folder.name}})
+            except Exception as error:  # a tracker's own: no login, no network, a bad folder
+                reason = f"--report-to {' '.join(self.recipe.output.report_to)}: {first_line(error)}"
+                raise UsageError(reason, hint="log in to the tracker, or train without it") from error
         try:
             yield
         finally:
@@ -275,11 +293,14 @@ class Trainer:
         """Write a checkpoint of everything that the next step depends on."""
         with checkpoint.whole_folder(checkpoint.step_folder(self.folder, self.progress.step)) as aside:
             save_adapter(self.raw_policy, aside)
+            checkpoint.link_folder(self.folder / checkpoint.BEST, aside / checkpoint.BEST)
             generators = {"torch": torch.get_rng_state()}
             if torch.cuda.is_available():
                 generators["cuda"] = torch.cuda.get_rng_state()
             state = {
                 "format": 1,
+                "identity": self.identity,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "progress": vars(self.progress),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
@@ -287,11 +308,26 @@ class Trainer:
             }
             torch.save(state, aside / checkpoint.STATE_FILE)
         checkpoint.prune(self.folder, self.recipe.train.keep_checkpoints)
+        self.on_save()
 
     def restore(self, folder: Path) -> None:
-        """Continue from a checkpoint: the next step is the one that would have come."""
-        load_adapter_weights(self.raw_policy, folder)
+        """Continue from a checkpoint: the next step is the one that would have come.
+
+        What the run did after that step (rows, checkpoints, a better adapter) is dropped, as it will be done again.
+
+        Raises:
+            UsageError: the run's data or base are not what they were.
+        """
         state = torch.load(folder / checkpoint.STATE_FILE, map_location="cpu", weights_only=True)
+        changed = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
+        if changed:
+            raise UsageError(
+                f"cannot resume: {' and '.join(changed)} changed since {folder.name}",
+                hint="put back what was there, or start a new run",
+            )
+        load_adapter_weights(self.raw_policy, folder)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         set_rate(self.optimizer, self.scheduler)
@@ -300,3 +336,4 @@ class Trainer:
         if "cuda" in state["generators"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["generators"]["cuda"])
         metrics.forget_after(self.folder / "metrics.jsonl", self.progress.step)
+        checkpoint.forget_after(self.folder, folder)

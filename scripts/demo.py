@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from sampo_cli import console
-from sampo_cli.checkpoint import whole_folder
+from sampo_cli.checkpoint import all_checkpoints, whole_folder
 from sampo_cli.recipes import recipes_folder
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def main() -> None:
     model = get_model()
     finished = (RUN / "adapter").is_dir()
     if not finished:
-        resumable = (RUN / "checkpoints").is_dir()
+        resumable = bool(all_checkpoints(RUN))
         again = ["--resume", str(RUN)] if resumable else ["--output", str(RUN)]
         sampo("train", "--recipe", "quickstart", "--model", str(model), *again)
     else:

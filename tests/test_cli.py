@@ -306,6 +306,8 @@ def test_usage_errors(
     assert "missing; give --data" in refuses(usage, "train", "--model", tiny_llama)
     assert "already there" in refuses(usage, *train_flags(tiny_llama, pairs_file, finished))
     assert "neither a file nor a shipped recipe" in refuses(usage, "train", "--recipe", "quickstarts")
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refuses(usage, *train_flags(tiny_llama, pairs_file, tmp_path / "file" / "run"))
     assert "nothing to resume" in refuses(usage, "train", "--resume", tmp_path)
     assert "method.beta would change" in refuses(usage, "train", "--resume", finished, "--beta", "0.5")
     (tmp_path / "bad.yaml").write_text("model:\n  name: [x\n")
@@ -374,6 +376,38 @@ def test_no_network_is_one_line(pairs_file: Path, tmp_path: Path) -> None:
     text = fails(ExitCode.HUB, *train_flags(Path("some/model"), pairs_file, tmp_path / "run"), **environment)
     assert "model 'some/model'" in text
     assert "HF_HUB_OFFLINE" in text
+
+
+def test_a_launcher_with_several_processes_is_refused(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = train_flags(tiny_llama, pairs_file, tmp_path / "run")
+    assert "several processes" in fails(ExitCode.USAGE, *flags, WORLD_SIZE="2")
+
+
+def test_a_device_without_room(tmp_path: Path) -> None:
+    """A pair of 60,000 tokens, whose mask alone takes 3.6 GB, in a process that may have 5."""
+    config = tiny.CONFIGS["llama"]()
+    config.max_position_embeddings = 100_000
+    model = tiny.save_model(config, tmp_path / "model")
+    row = {"prompt": "the same thing " * 40_000, "chosen": "yes", "rejected": "no"}
+    (tmp_path / "long.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30));"
+    limited += "from sampo_cli.cli import main; main(sys.argv[1:])"
+    flags = train_flags(model, tmp_path / "long.jsonl", tmp_path / "run", "--max-length", 60_000)
+    command = [sys.executable, "-c", limited, *map(str, flags)]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    text = check_failure(ExitCode.MEMORY, outcome.returncode, outcome.stdout, outcome.stderr)
+    assert "lower train.tokens_per_microbatch or --max-length" in text
+
+
+def test_a_run_that_never_got_anywhere_does_not_block_its_folder(
+    refuses: Callable[..., str], tiny_llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("")
+    (run / "summary.json").write_text("{}")
+    succeeds(*train_flags(tiny_llama, pairs_file, run, "--quiet", "--max-steps", 1))
+    assert "already there" in refuses(ExitCode.USAGE, *train_flags(tiny_llama, pairs_file, run))
 
 
 def test_numerics_error(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:

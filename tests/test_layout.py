@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import numpy as np
 import pytest
 import torch
 
 from sampo_cli.batch import Draw, Pair, collate
-from sampo_cli.policy import Policy, find_layout, layer_windows, pair_mask
+from sampo_cli.errors import ModelError
+from sampo_cli.policy import Policy, check_head, find_layout, layer_windows, pair_mask
 from tests import tiny
 
 ATTENTION = [name for name in tiny.CONFIGS if name != "mamba"]
@@ -74,7 +77,7 @@ def test_a_model_that_ignores_the_mask_is_found_by_its_numbers() -> None:
     model = tiny.make_model(tiny.CONFIGS["llama"]())
     body = model.base_model
     forward = body.forward
-    body.forward = lambda **inputs: forward(**{**inputs, "attention_mask": None})
+    body.forward = wraps(forward)(lambda **inputs: forward(**{**inputs, "attention_mask": None}))
     layout, reason = find_layout(Policy(model))
     assert layout == "separate"
     assert "leak" in reason
@@ -85,6 +88,7 @@ def test_a_model_that_refuses_the_mask_is_caught() -> None:
     body = model.base_model
     forward = body.forward
 
+    @wraps(forward)
     def two_dimensional_only(**inputs: torch.Tensor) -> object:
         if inputs["attention_mask"].ndim != 2:
             raise ValueError("expected a 2-D mask")
@@ -94,6 +98,29 @@ def test_a_model_that_refuses_the_mask_is_caught() -> None:
     layout, reason = find_layout(Policy(model))
     assert layout == "separate"
     assert "expected a 2-D mask" in reason
+
+
+def test_a_model_without_position_ids_gets_two_rows() -> None:
+    model = tiny.make_model(tiny.CONFIGS["llama"]())
+    body = model.base_model
+    forward = body.forward
+    body.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids, attention_mask, use_cache=use_cache)
+    assert find_layout(Policy(model)) == ("separate", "it takes no position ids")
+
+
+def test_an_output_layer_that_does_more_is_refused() -> None:
+    model = tiny.make_model(tiny.CONFIGS["llama"]())
+    check_head(Policy(model))
+    forward = model.forward
+
+    def scaled(*arguments: object, **options: object) -> object:
+        output = forward(*arguments, **options)
+        output.logits = output.logits * 0.5
+        return output
+
+    model.forward = scaled
+    with pytest.raises(ModelError, match="output layer does more"):
+        check_head(Policy(model))
 
 
 def test_unknown_layer_types_are_named() -> None:

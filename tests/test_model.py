@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sampo_cli.batch import Draw, collate
 from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.errors import ModelError
-from sampo_cli.lora import load_adapter_weights, save_adapter
+from sampo_cli.lora import load_adapter_weights, lora_section, save_adapter
 from sampo_cli.model import load_policy, pick_dtype
 from sampo_cli.policy import Policy, reference
 from sampo_cli.trainer import DORA_TOLERANCE
@@ -183,6 +183,50 @@ def test_an_adapter_of_another_base_is_refused(tiny_llama: Path, tmp_path: Path)
     other = tiny.save_model(config, tmp_path / "other")
     with pytest.raises(ModelError, match="does not fit"):
         load(other, adapter=str(tmp_path / "adapter"))
+
+
+def test_an_adapter_trained_with_dropout_goes_on_without(tiny_llama: Path, tmp_path: Path) -> None:
+    policy, _ = load(tiny_llama, lora=LoraSection(dropout=0.5, r=4))
+    scramble(policy)
+    save_adapter(policy, tmp_path)
+    second, _ = load(tiny_llama, adapter=str(tmp_path))
+    assert second.training
+    with reference(second):
+        before = logps(second)
+    assert torch.equal(logps(second), before)
+    assert lora_section(second.model).dropout == 0
+    assert lora_section(second.model).r == 4
+
+
+@pytest.mark.parametrize("targets", [".*q_proj", ["q_proj", "v_proj"], "all-linear"])
+def test_however_targets_are_given_the_saved_adapter_loads(
+    tiny_llama: Path, tmp_path: Path, targets: str | list[str]
+) -> None:
+    policy, facts = load(tiny_llama, lora=LoraSection(targets=targets))
+    assert facts.adapter_layers == {".*q_proj": 2, "all-linear": 14}.get(str(targets), 4)
+    scramble(policy)
+    save_adapter(policy, tmp_path)
+    assert torch.equal(logps(load(tiny_llama, adapter=str(tmp_path))[0]), logps(policy))
+
+
+def test_a_state_space_models_adapter_loads(tmp_path: Path) -> None:
+    folder = tiny.save_model(tiny.CONFIGS["mamba"](), tmp_path / "mamba")
+    policy, _ = load(folder, "none")
+    scramble(policy)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(policy, tmp_path / "adapter")
+    assert torch.equal(logps(load(folder, "none", adapter=str(tmp_path / "adapter"))[0]), logps(policy))
+
+
+def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    policy, facts = load(tiny_llama)
+    save_adapter(policy, tmp_path)
+    record = {"base_model": "some/model", "base_fingerprint": facts.fingerprint}
+    (tmp_path / "sampo.json").write_text(json.dumps(record))
+    load(tiny_llama, adapter=str(tmp_path))
+    (tmp_path / "sampo.json").write_text(json.dumps(record | {"base_fingerprint": "0" * 32}))
+    with pytest.raises(ModelError, match="trained on 'some/model'"):
+        load(tiny_llama, adapter=str(tmp_path))
 
 
 def test_dora_and_rslora_start_at_the_reference(tiny_llama: Path) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from sampo_cli import checkpoint, metrics
+from sampo_cli import batch, checkpoint, metrics
 from sampo_cli.batch import Pair
 from sampo_cli.config import Recipe
-from sampo_cli.errors import Interrupted, NumericsError
+from sampo_cli.errors import Interrupted, NumericsError, UsageError
 from sampo_cli.losses import METHODS
 from sampo_cli.model import load_policy
 from sampo_cli.plan import resolve_recipe
@@ -95,8 +95,11 @@ def test_independent_sampling_has_margins_before_training(tiny_llama: Path, tmp_
 
 
 @pytest.mark.parametrize("method", ["dpo", "sampo"])
-def test_one_update_however_the_step_is_cut(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+def test_one_update_however_the_step_is_cut(
+    tiny_llama: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """12 pairs in one forward pass, in several, and one by one."""
+    monkeypatch.setattr(batch, "FORWARD_COST", 10**6)  # as few passes as the budget allows
     outcomes = []
     for budget in (10_000, 160, 1):
         recipe = make_recipe(tiny_llama, method, train={"tokens_per_microbatch": budget, "learning_rate": 1e-3})
@@ -178,6 +181,32 @@ def test_rows_after_the_checkpoint_are_forgotten_on_resume(tiny_llama: Path, tmp
     again = make_trainer(recipe, tmp_path / "run")
     again.restore(checkpoint.step_folder(tmp_path / "run", 4))
     assert [row["step"] for row in metrics.read(log)] == [1, 2, 3, 4]
+
+
+def test_an_older_checkpoint_brings_its_own_past_and_no_future(tiny_llama: Path, tmp_path: Path) -> None:
+    """Resuming from step 2 of 6: the better adapter of step 6 and the checkpoints after 2 belong to another run."""
+    train = {"save_every": 2, "eval_every": 2, "max_steps": 6, "keep_checkpoints": 9}
+    recipe = make_recipe(tiny_llama, train=train)
+    run = tmp_path / "run"
+    make_trainer(recipe, run, held_out=4).fit(StopRequest())
+    best_of_2 = (run / "checkpoints" / "step-000002" / "best" / "adapter_model.safetensors").read_bytes()
+    assert (run / "best" / "adapter_model.safetensors").read_bytes() != best_of_2
+    again = make_trainer(recipe, run, held_out=4)
+    again.restore(checkpoint.step_folder(run, 2))
+    assert [folder.name for folder in checkpoint.all_checkpoints(run)] == ["step-000002"]
+    assert (run / "best" / "adapter_model.safetensors").read_bytes() == best_of_2
+    assert again.progress.best_row["step"] == 2
+
+
+def test_a_resume_on_other_data_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_llama, train={"max_steps": 1})
+    first = make_trainer(recipe, tmp_path / "run")
+    first.identity = {"the data": "abc", "the base": "def"}
+    first.fit(StopRequest())
+    second = make_trainer(recipe, tmp_path / "run")
+    second.identity = {"the data": "xyz", "the base": "def"}
+    with pytest.raises(UsageError, match="cannot resume: the data changed since step-000001"):
+        second.restore(checkpoint.step_folder(tmp_path / "run", 1))
 
 
 def test_checkpoints_are_pruned_and_half_written_ones_never_found(tiny_llama: Path, tmp_path: Path) -> None:

@@ -46,9 +46,11 @@ def test_dpo_loss_and_gradient_equal_trls(tiny_llama: Path, tmp_path: Path, beta
         if "lora_B.default" in name:
             parameter.data.normal_(0, 0.05)
     pairs = make_pairs()
-    (batch,) = trainer.batches(range(len(pairs)), 0)
-    losses = trainer.method.loss(trainer.scores(batch), **trainer.options).losses
-    ours, gradients = loss_and_gradients(policy, losses.mean())
+    losses = [
+        trainer.method.loss(trainer.scores(batch), **trainer.options).losses
+        for batch in trainer.batches(range(len(pairs)), 0)
+    ]
+    ours, gradients = loss_and_gradients(policy, torch.cat(losses).mean())
 
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [dict(zip(keys, (p.prompt.tolist(), p.chosen.tolist(), p.rejected.tolist()), strict=True)) for p in pairs]
