@@ -21,13 +21,14 @@ from sampo_cli import checkpoint, metrics
 from sampo_cli.batch import Draw, Pair, PairBatch, collate, micro_batches, step_indices, steps_per_epoch
 from sampo_cli.config import Recipe, TrainConfig
 from sampo_cli.errors import Interrupted, NumericsError, UsageError
-from sampo_cli.lora import load_adapter_weights, save_adapter
+from sampo_cli.lora import save_adapter
 from sampo_cli.losses import Method, PairScores
-from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes, set_rate
+from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
 from sampo_cli.policy import Policy, reference
 from sampo_cli.remote import first_line
 from sampo_cli.scores import Tally, pair_scores
 from sampo_cli.signals import StopRequest
+from sampo_cli.state import Machinery, read_state, write_state
 
 STEP_0_TOLERANCE = 1e-3
 """Nats per token by which policy and reference may differ before training; LoRA with B = 0 gives exactly 0."""
@@ -126,6 +127,7 @@ class Trainer:
         optimizer = make_optimizer(self.parameters, settings, self.accelerator.device)
         self.scheduler = make_scheduler(optimizer, settings, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.machinery = Machinery(policy, self.optimizer, self.scheduler, self.accelerator.scaler)
         self.options = {name: getattr(recipe.method, name) for name in method.option_names}
         self.progress = Progress()
 
@@ -275,7 +277,8 @@ class Trainer:
         if self.recipe.output.report_to:
             settings = {f"{s}.{k}": str(v) for s, part in self.recipe.model_dump().items() for k, v in part.items()}
             try:
-                self.accelerator.init_trackers("sampo", settings, {"wandb": {"name": self.folder.name}})
+                own_folder = {"wandb": {"name": self.folder.name, "dir": str(self.folder)}}
+                self.accelerator.init_trackers("sampo", settings, own_folder)
             except Exception as error:  # a tracker's own: no login, no network, a bad folder
                 reason = f"--report-to {' '.join(self.recipe.output.report_to)}: {first_line(error)}"
                 raise UsageError(reason, hint="log in to the tracker, or train without it") from error
@@ -292,21 +295,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         with checkpoint.whole_folder(checkpoint.step_folder(self.folder, self.progress.step)) as aside:
-            save_adapter(self.raw_policy, aside)
             checkpoint.link_folder(self.folder / checkpoint.BEST, aside / checkpoint.BEST)
-            generators = {"torch": torch.get_rng_state()}
-            if torch.cuda.is_available():
-                generators["cuda"] = torch.cuda.get_rng_state()
-            state = {
-                "format": 1,
-                "identity": self.identity,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "progress": vars(self.progress),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "generators": generators,
-            }
-            torch.save(state, aside / checkpoint.STATE_FILE)
+            write_state(aside, self.machinery, vars(self.progress), self.identity)
         checkpoint.prune(self.folder, self.recipe.train.keep_checkpoints)
         self.on_save()
 
@@ -318,22 +308,6 @@ class Trainer:
         Raises:
             UsageError: the run's data or base are not what they were.
         """
-        state = torch.load(folder / checkpoint.STATE_FILE, map_location="cpu", weights_only=True)
-        changed = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
-        if changed:
-            raise UsageError(
-                f"cannot resume: {' and '.join(changed)} changed since {folder.name}",
-                hint="put back what was there, or start a new run",
-            )
-        load_adapter_weights(self.raw_policy, folder)
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        set_rate(self.optimizer, self.scheduler)
-        self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["generators"]["torch"])
-        if "cuda" in state["generators"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["generators"]["cuda"])
+        self.progress = Progress(**read_state(folder, self.machinery, self.identity))
         metrics.forget_after(self.folder / "metrics.jsonl", self.progress.step)
         checkpoint.forget_after(self.folder, folder)
