@@ -87,7 +87,8 @@ class PairBatch:
 class Draw:
     """How the scored tokens of a pair are chosen: everything but the pair itself.
 
-    `whole_chosen` scores every chosen token, for a likelihood term, whatever the reduction keeps.
+    `whole_chosen` scores every chosen token, for a likelihood term, whatever the reduction keeps. `draws` is how many
+    draws of `sample` are averaged.
     """
 
     reduction: Reduction
@@ -95,11 +96,13 @@ class Draw:
     epoch: int
     sampling: Sampling = "paired"
     whole_chosen: bool = False
+    draws: int = 1
 
     def weights(self, pair: Pair, stream: int) -> NDArray[np.float32]:
         """Weights of chosen and rejected tokens in a row, shape [T_w + T_l]."""
         generator = pair_generator(self.seed, self.epoch, pair.pair_id, stream)
-        return np.concatenate(pair_weights(len(pair.chosen), len(pair.rejected), self.reduction, generator))
+        lengths = len(pair.chosen), len(pair.rejected)
+        return np.concatenate(pair_weights(*lengths, self.reduction, generator, self.draws))
 
 
 def _rows(pair: Pair, layout: Layout) -> list[tuple[NDArray, NDArray, NDArray]]:

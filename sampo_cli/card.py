@@ -243,7 +243,7 @@ def _usage(facts: Facts, repo: str | None) -> str:
 
 
 def _method(facts: Facts) -> str:
-    from sampo_cli.losses import METHODS
+    from sampo_cli.methods import METHODS
 
     if facts.method not in METHODS:
         return ""
@@ -256,16 +256,16 @@ def _data(facts: Facts) -> str:
     pairs = _tree(facts.summary.get("pairs"))
     names = [_link(name, "datasets/") for name in facts.datasets]
     names += [f"{facts.local_data} local source{'s' * (facts.local_data > 1)}"] if facts.local_data else []
-    rows: Rows = [("rows read", pairs.get("rows")), ("pairs trained on", pairs.get("train"))]
-    rows.append(("pairs held out", pairs.get("eval")))
+    counts = (("rows read", "rows"), ("pairs trained on", "train"), ("pairs held out", "eval"))
+    rows: Rows = [(name, pairs.get(key)) for name, key in counts]
     for what in ("dropped", "truncated"):
         rows += [(f"{what}: {reason}", count) for reason, count in _tree(pairs.get(what)).items() if count]
-    parts = [f"Preference pairs from {', '.join(names)}."] if names else []
-    return _section("Data", *parts, _table("pairs", "count", rows))
+    return _section("Data", f"Preference pairs from {', '.join(names)}." * bool(names), _table("pairs", "count", rows))
 
 
 _RECIPE_ROWS = (
-    ("method", ("beta", "reduction", "sampling", "label_smoothing")),
+    ("method", ("beta", "reduction", "sampling", "draws", "label_smoothing", "sft_weight")),
+    ("method", ("gamma", "dpop_weight", "length_weight", "kl_weight")),
     ("lora", ("r", "alpha", "dropout", "targets", "rslora", "dora")),
     ("train", ("learning_rate", "scheduler", "warmup_ratio", "epochs", "max_steps", "batch_pairs", "optimizer")),
     ("train", ("weight_decay", "max_grad_norm", "seed")),
@@ -282,7 +282,11 @@ def _training(facts: Facts) -> str:
     rows += [("steps", steps.get("done")), ("step of these weights", facts.summary.get("adapter_step"))]
     rows += [(name, facts.summary.get(name)) for name in ("device", "seconds")]
     further = "It goes on from an earlier adapter, which is also its reference." if model.get("adapter") else ""
-    return _section("Training", further, _table("setting", "value", rows))
+    ends = [_text(_tree(row).get("margin")) for row in facts.summary.get("rounds") or []]
+    rounds = (
+        f"Trained in {len(ends) + 1} rounds, each with the policy before it as reference; held-out margins: {ends}."
+    )
+    return _section("Training", further, rounds if ends else "", _table("setting", "value", rows))
 
 
 def _evaluation(facts: Facts) -> str:

@@ -49,6 +49,7 @@ FLAGS = {
     "seed": "train.seed",
     "output": "output.dir",
     "report_to": "output.report_to",
+    "iterations": "iterations.count",
 }
 
 
@@ -86,9 +87,12 @@ def train(
     recipe: Annotated[Optional[str], _option("--recipe", "A shipped recipe or a YAML file.", RUN, "NAME|PATH")] = None,
     model: Annotated[Optional[str], _option("--model", "Base model: a Hub name or a folder.", MODEL)] = None,
     data: Annotated[Optional[list[str]], _option("--data", "Pairs: Hub name, file, folder; repeatable.", DATA)] = None,
-    method: Annotated[Optional[str], _option("--method", "sampo (the default) or dpo.", TRAINING)] = None,
+    method: Annotated[
+        Optional[str], _option("--method", "One of `sampo methods`; sampo if not given.", TRAINING)
+    ] = None,
     output: Annotated[Optional[str], _option("--output", "The run's folder.", RUN, "DIR")] = None,
     adapter: Annotated[Optional[str], _option("--adapter", "Go on from this LoRA adapter.", MODEL)] = None,
+    iterations: Annotated[Optional[int], _option("--iterations", "Rounds with a renewed reference.", TRAINING)] = None,
     epochs: Annotated[Optional[float], _option("--epochs", "Passes over the pairs.", TRAINING)] = None,
     max_steps: Annotated[Optional[int], _option("--max-steps", "Optimizer steps, instead of epochs.", TRAINING)] = None,
     learning_rate: Annotated[Optional[float], _option("--learning-rate", "Peak learning rate.", TRAINING)] = None,
@@ -182,6 +186,25 @@ def merge(
         console.print_json(result.to_dict())
     elif not quiet:
         console.print_facts("merged", result.facts())
+
+
+@app.command()
+def methods(
+    name: Annotated[Optional[str], typer.Argument(help="Show one method with its citation.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the methods that `train` knows: formula, reference, reduction, defaults, paper."""
+    from sampo_cli.methods import METHODS, find
+    from sampo_cli.tables import print_method, print_methods
+
+    chosen = [find(name)] if name else list(METHODS.values())
+    if as_json:
+        console.print_json([method.to_dict() for method in chosen])
+    elif name:
+        print_method(chosen[0])
+    else:
+        print_methods(chosen)
 
 
 @app.command("push-to-hub")

@@ -71,15 +71,27 @@ class LoraSection(Section):
 
 
 class MethodConfig(Section):
-    name: str = Field("sampo", description="Loss and defaults: sampo or dpo.")
-    beta: float | None = Field(None, gt=0, description="Strength of the reference; the method's default if empty.")
+    name: str = Field("sampo", description="Loss and defaults: a name of docs/methods.md.")
+    beta: float | None = Field(None, gt=0, description="Factor of the margin; the method's default if empty.")
     reduction: Literal["sum", "sample", "expected", "average", "mean"] | None = Field(
         None, description="How token log-ratios become one number; the method's default if empty."
     )
     sampling: Literal["paired", "independent"] = Field(
         "paired", description="Same positions for policy and reference, or the released code's two draws."
     )
+    draws: Positive = Field(1, description="Independent draws of positions to average in one step; 1 is the paper's.")
+    sft_weight: float | None = Field(
+        None, ge=0, description="Weight of the chosen response's negative log-likelihood per token, in any method."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong (cDPO).")
+    gamma: float | None = Field(None, ge=0, description="Margin that simpo and cpo-simpo ask for, not times beta.")
+    dpop_weight: float | None = Field(
+        None, ge=0, description="dpop's lambda: cost of a chosen response that is less likely than under the reference."
+    )
+    length_weight: float | None = Field(
+        None, ge=0, description="r-dpo's alpha: logits per token that chosen is longer."
+    )
+    kl_weight: float | None = Field(None, ge=0, description="tdpo's alpha: weight of the difference of sequence KLs.")
 
 
 class TrainConfig(Section):
@@ -102,6 +114,16 @@ class TrainConfig(Section):
     seed: int = Field(42, ge=0, description="Of the split, the order, the sampled positions and the adapter.")
 
 
+class IterationsConfig(Section):
+    count: Positive = Field(1, description="Rounds; after each, the policy becomes the next round's reference.")
+    schedule: Literal["restart", "continue"] = Field(
+        "restart", description="Optimizer and schedule: new for each round, or one for all."
+    )
+    data: Literal["all", "split"] = Field(
+        "all", description="Each round sees all training pairs, or a part of its own."
+    )
+
+
 class OutputConfig(Section):
     dir: str | None = Field(None, description="The run's folder; made from model, method and data if empty.")
     keep: Literal["best", "final"] = Field("best", description="Which adapter ends up in adapter/.")
@@ -117,6 +139,7 @@ class Recipe(Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     method: MethodConfig = Field(default_factory=MethodConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    iterations: IterationsConfig = Field(default_factory=IterationsConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
 
     def dump(self) -> str:

@@ -42,16 +42,13 @@ class Head:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
 
-    def gradient(self, logits_NV: Tensor, log_normalizer_N: Tensor, targets_N: Tensor) -> Tensor:
-        """d log p(target) / d hidden, [N, H] in the weight's dtype. Overwrites `logits_NV`."""
-        slope_NV = None if self.softcap is None else 1 - (logits_NV / self.softcap) ** 2
-        grad_NV = logits_NV.sub_(log_normalizer_N[:, None]).exp_().neg_()
-        grad_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] += 1
-        if slope_NV is not None:
-            grad_NV *= slope_NV
-        if self.scale != 1.0:
-            grad_NV *= self.scale
-        return grad_NV.to(self.weight.dtype) @ self.weight
+    def pull_back(self, grad_NV: Tensor, slope: Tensor | float) -> Tensor:
+        """A gradient with respect to logits as one with respect to hidden states, [N, H] in the weight's dtype."""
+        return (grad_NV * slope).to(self.weight.dtype) @ self.weight
+
+    def slope(self, logits_NV: Tensor) -> Tensor | float:
+        """d logits / d (hidden @ weight.T): a number, or [N, V] under soft-capping."""
+        return self.scale if self.softcap is None else self.scale * (1 - (logits_NV / self.softcap) ** 2)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -64,7 +61,10 @@ class _TokenLogProbs(torch.autograd.Function):
             normalizer = logits.logsumexp(-1)
             logps.append(logits.gather(1, targets[:, None])[:, 0] - normalizer)
             if ctx.needs_input_grad[0]:
-                gradients.append(head.gradient(logits, normalizer, targets))
+                slope = head.slope(logits)
+                grad = logits.sub_(normalizer[:, None]).exp_().neg_()
+                grad[torch.arange(len(targets), device=targets.device), targets] += 1
+                gradients.append(head.pull_back(grad, slope))
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(logps)
@@ -78,3 +78,30 @@ class _TokenLogProbs(torch.autograd.Function):
 def token_logps(hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     """log p(target | hidden) of each scored token: float32 [N] from hidden states [N, H] and token ids [N]."""
     return _TokenLogProbs.apply(hidden_NH, targets_N, head)
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, reference_NH: Tensor, head: Head) -> Tensor:
+        rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
+        divergences, gradients = [], []
+        for hidden, reference in zip(hidden_NH.split(rows), reference_NH.split(rows), strict=True):
+            logits = head.logits(hidden)
+            policy_logp, reference_logp = logits.log_softmax(-1), head.logits(reference).log_softmax(-1)
+            reference_p = reference_logp.exp()
+            divergences.append((reference_p * (reference_logp - policy_logp)).sum(-1))
+            if ctx.needs_input_grad[0]:
+                gradients.append(head.pull_back(policy_logp.exp_() - reference_p, head.slope(logits)))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(divergences)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_NH,) = ctx.saved_tensors
+        return gradient_NH * grads[0][:, None].to(gradient_NH.dtype), None, None
+
+
+def token_kl(hidden_NH: Tensor, reference_NH: Tensor, head: Head) -> Tensor:
+    """KL(reference || policy) over the vocabulary at each position, float32 [N]; no gradient to the reference."""
+    return _TokenKL.apply(hidden_NH, reference_NH, head)

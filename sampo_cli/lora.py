@@ -6,6 +6,7 @@ Adapter weights are float32. Nothing here reaches for the network once a run has
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,30 @@ def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) 
         raise ModelError(f"adapter '{name}' does not fit the base: {first_line(error)}") from error
     model.set_adapter(POLICY_ADAPTER)
     model.peft_config[POLICY_ADAPTER].lora_dropout = dropout
-    for module in model.modules():
-        dropouts = getattr(module, "lora_dropout", None)
-        if dropouts is not None and REFERENCE_ADAPTER in dropouts:
-            dropouts[REFERENCE_ADAPTER] = nn.Identity()
-            dropouts[POLICY_ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
+    _set_dropout(model, {REFERENCE_ADAPTER: 0.0, POLICY_ADAPTER: dropout})
     return model
+
+
+def _set_dropout(model: Any, rates: Mapping[str, float]) -> None:
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", None) or {}
+        for name, rate in rates.items():
+            if name in dropouts:
+                dropouts[name] = nn.Dropout(rate) if rate else nn.Identity()
+
+
+def adopt_reference(policy: Policy, folder: Path) -> None:
+    """Make the adapter saved in `folder` the frozen reference, in place of whatever was; the policy stays active."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    model = policy.model
+    if REFERENCE_ADAPTER in model.peft_config:
+        set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE), adapter_name=REFERENCE_ADAPTER)
+        return
+    model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    model.set_adapter(POLICY_ADAPTER)
+    _set_dropout(model, {REFERENCE_ADAPTER: 0.0})
 
 
 def lora_section(model: Any) -> LoraSection:

@@ -21,13 +21,14 @@ from sampo_cli.batch import Draw
 from sampo_cli.config import Recipe, resolve, validate
 from sampo_cli.data import PairDataset, prepare, split
 from sampo_cli.data_report import Token, token_view
-from sampo_cli.errors import DataError, UsageError, nearest
-from sampo_cli.losses import METHODS, Method
+from sampo_cli.errors import DataError, UsageError
+from sampo_cli.method_checks import check, refuse
+from sampo_cli.methods import METHODS, Method, find
 from sampo_cli.model import context_length, load_config
 from sampo_cli.remote import fetch_model
+from sampo_cli.rounds import round_parts, total_steps
 from sampo_cli.sampling import POLICY
 from sampo_cli.template import load_tokenizer, uses_plain_template
-from sampo_cli.trainer import total_steps
 
 
 class Notes(Protocol):
@@ -52,16 +53,19 @@ def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
     """Check a recipe's tree and fill in its method's defaults.
 
     Raises:
-        UsageError: problems, all of them, or an unknown method.
+        UsageError: problems, all of them, an unknown method, or a combination that has no meaning with it.
     """
     recipe = with_whole_paths(validate(tree))
     name = recipe.method.name
-    if name not in METHODS:
-        raise UsageError(f"unknown method '{name}'{nearest(name, METHODS)}", hint=f"known: {', '.join(METHODS)}")
-    defaults = METHODS[name].recipe_defaults()
+    method = find(name)
+    defaults = method.recipe_defaults()
     if recipe.train.max_steps:
         defaults["train"].pop("epochs", None)
-    return resolve(recipe, defaults)
+    resolved = resolve(recipe, defaults)
+    refuse(method, resolved.method.model_dump())
+    if resolved.iterations.count > 1 and not method.needs_reference:
+        raise UsageError(f"iterations.count: {name} has no reference, so there is nothing to renew after a round")
+    return resolved
 
 
 def with_whole_paths(recipe: Recipe) -> Recipe:
@@ -86,6 +90,8 @@ def check_trackers(recipe: Recipe) -> None:
 
 def make_plan(recipe: Recipe, view: Notes) -> Plan:
     """Read, tokenize and split the pairs; needs the model's config and tokenizer, not its weights."""
+    for warning in check(METHODS[recipe.method.name], recipe.method.model_dump()):
+        view.note(f"warning: {warning}")
     tokenizer = load_tokenizer(recipe.model, recipe.data)
     if uses_plain_template(tokenizer):
         view.note("warning: the model has no chat template; the plain one of docs/data.md is used")
@@ -128,7 +134,8 @@ def inspect_pair(the_plan: Plan, row: int | None = None) -> tuple[list[Token], s
         raise DataError(f"row {row} is not among the usable pairs", hint=f"there are {dataset.counts.rows} rows")
     pair = dataset[index]
     assert recipe.method.reduction is not None, "resolve() fills the reduction"
-    weights = Draw(recipe.method.reduction, recipe.train.seed, epoch=0).weights(pair, POLICY)
+    draw = Draw(recipe.method.reduction, recipe.train.seed, epoch=0, draws=recipe.method.draws)
+    weights = draw.weights(pair, POLICY)
     keep = weights[: len(pair.chosen)], weights[len(pair.chosen) :]
     return token_view(pair, the_plan.tokenizer, keep), dataset.location(index)
 
@@ -137,7 +144,8 @@ def dry_run(recipe: Recipe, view: Notes, folder: Path) -> dict[str, Any]:
     """What a run would do, from config, tokenizer and data alone."""
     the_plan = make_plan(recipe, view)
     dataset, settings = the_plan.dataset, recipe.train
-    steps = total_steps(settings, len(the_plan.train))
+    parts = round_parts(the_plan.train, recipe.iterations, settings.seed)
+    steps = sum(total_steps(settings, len(part)) for part in parts)
     lengths = dataset.prompt_tokens + dataset.chosen_tokens + dataset.rejected_tokens
     return {
         "model": recipe.model.name,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sampo_cli.batch import PADDING, PROMPT, Draw, Layout, Pair, PairBatch, collate
 from sampo_cli.errors import ModelError
-from sampo_cli.logprobs import Head, token_logps
+from sampo_cli.logprobs import Head, token_kl, token_logps
 
 REFERENCE_ADAPTER = "reference"
 POLICY_ADAPTER = "default"
@@ -101,15 +101,38 @@ class Policy(nn.Module):
         dtype = self.causal_lm.get_input_embeddings().weight.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
-    def forward(self, batch: PairBatch) -> Tensor:
-        """Log-probs of the batch's scored tokens, float32 [N]."""
+    def forward(self, batch: PairBatch, reference_NH: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probs of the batch's scored tokens, float32 [N].
+
+        With the reference's hidden states [N, H], also KL(reference || policy) over the vocabulary, float32 [N].
+        """
+        with self.autocast(batch):
+            hidden_NH = self.hidden(batch)
+            logps_N = token_logps(hidden_NH, batch.targets, self.head())
+            if reference_NH is None:
+                return logps_N
+            return logps_N, token_kl(hidden_NH, reference_NH, self.head())
+
+    def autocast(self, batch: PairBatch) -> torch.autocast:
+        return torch.autocast(batch.input_ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def hidden(self, batch: PairBatch) -> Tensor:
+        """The hidden states that predict the scored tokens, [N, H]."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": self.masks(batch), "use_cache": False}
         if self.layout == "shared":
             inputs["position_ids"] = batch.position_ids
-        device = batch.input_ids.device.type
-        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            hidden_RSH = self.causal_lm.base_model(**inputs).last_hidden_state
-            return token_logps(hidden_RSH.flatten(0, 1)[batch.positions], batch.targets, self.head())
+        hidden_RSH = self.causal_lm.base_model(**inputs).last_hidden_state
+        return hidden_RSH.flatten(0, 1)[batch.positions]
+
+
+def score_against_reference(policy: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of policy and of reference, and KL(reference || policy) over the vocabulary; float32 [N] each."""
+    raw: Any = getattr(policy, "module", policy)
+    with reference(policy), raw.autocast(batch):
+        reference_NH = raw.hidden(batch)
+        reference_logps = token_logps(reference_NH, batch.targets, raw.head())
+    policy_logps, kl = policy(batch, reference_NH)
+    return policy_logps, reference_logps, kl
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
@@ -179,7 +202,7 @@ def check_head(policy: Policy) -> None:
         batch = _probe_batch(policy, "separate")
         try:
             ours = policy(batch)
-            with torch.autocast(batch.input_ids.device.type, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
+            with policy.autocast(batch):
                 logits = policy.causal_lm(batch.input_ids, attention_mask=policy.masks(batch), use_cache=False).logits
         except AttributeError as error:
             raise ModelError(f"this architecture is not supported: {error}") from error

@@ -25,6 +25,7 @@ from sampo_cli.model import ModelFacts, load_policy
 from sampo_cli.plan import Plan, check_trackers, clear_abandoned, make_plan, resolve_recipe
 from sampo_cli.policy import Policy
 from sampo_cli.signals import stop_requests
+from sampo_cli.tracking import tracking
 from sampo_cli.trainer import Split, Trainer
 
 RESUMABLE_CHANGES = {
@@ -81,7 +82,7 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     view.begin(run, trainer.steps, trainer.progress.step)
     record.write("running")
     try:
-        with stop_requests(lambda: view.note(STOPPING)) as stop, trainer.tracking():
+        with stop_requests(lambda: view.note(STOPPING)) as stop, tracking(trainer.accelerator, recipe, run):
             trainer.fit(stop)
         finish(trainer, record.plan, facts, run)
     except BaseException as error:
@@ -198,6 +199,7 @@ class Record:
             "steps": {"done": progress.step, "planned": self.trainer.steps},
             "adapter_step": evaluation["step"] if keeps_best and evaluation else progress.step,
             "evaluation": evaluation,
+            "rounds": progress.rounds,
             "generated": None,
             "versions": versions(),
             "device": facts.device,

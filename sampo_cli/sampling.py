@@ -15,7 +15,7 @@ Reduction = Literal["sum", "sample", "expected", "average", "mean"]
 Sampling = Literal["paired", "independent"]
 Weights = NDArray[np.float32]
 
-POLICY, REFERENCE, ORDER, SPLIT = range(4)
+POLICY, REFERENCE, ORDER, SPLIT, ROUNDS = range(5)
 """What a draw is for: the last part of a generator's key. (numpy pads keys with zeros, so POLICY needs none.)"""
 
 
@@ -40,7 +40,7 @@ def _sample(length: int, kept: int, generator: np.random.Generator) -> Weights:
 
 
 def pair_weights(
-    chosen_tokens: int, rejected_tokens: int, reduction: Reduction, generator: np.random.Generator
+    chosen_tokens: int, rejected_tokens: int, reduction: Reduction, generator: np.random.Generator, draws: int = 1
 ) -> tuple[Weights, Weights]:
     """Weights of the chosen and of the rejected response, shapes [T_w] and [T_l].
 
@@ -48,12 +48,17 @@ def pair_weights(
     response count 1 (arXiv 2406.10957, Eq. 6); `expected` is T_m / T, what `sample` gives on average; `average` is
     (T_w + T_l) / 2T, the authors' other variant; `mean` is 1 / T.
 
-    Both draws of `sample` come from `generator`, the chosen response's first.
+    Both halves of a draw come from `generator`, the chosen response's first. With `draws` K > 1 the weights of `sample`
+    are the mean of K independent draws, one after the other from `generator`: the score's variance falls to 1 / K.
     """
     lengths = (chosen_tokens, rejected_tokens)
     shorter = min(lengths)
     if reduction == "sample":
-        return _sample(chosen_tokens, shorter, generator), _sample(rejected_tokens, shorter, generator)
+        chosen, rejected = np.zeros(chosen_tokens, np.float32), np.zeros(rejected_tokens, np.float32)
+        for _ in range(draws):
+            chosen += _sample(chosen_tokens, shorter, generator)
+            rejected += _sample(rejected_tokens, shorter, generator)
+        return chosen / np.float32(draws), rejected / np.float32(draws)
     total = {"expected": float(shorter), "average": sum(lengths) / 2, "mean": 1.0}
     per_token = [1.0 if reduction == "sum" else total[reduction] / length for length in lengths]
     return np.full(chosen_tokens, per_token[0], np.float32), np.full(rejected_tokens, per_token[1], np.float32)

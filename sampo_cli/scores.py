@@ -13,27 +13,43 @@ from sampo_cli.errors import NumericsError
 from sampo_cli.losses import LossOutput, PairScores
 
 
-def pair_scores(batch: PairBatch, policy_logps: Tensor, reference_logps: Tensor | None) -> PairScores:
-    """Reduce log-probs of scored tokens, float32 [N], to one number per response and lay them out by pair."""
+def pair_scores(
+    batch: PairBatch,
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    kl: Tensor | None = None,
+    *,
+    likelihood: bool = False,
+) -> PairScores:
+    """Reduce numbers of scored tokens, float32 [N] each, to numbers of responses, and lay them out by pair.
 
-    def reduced(logps: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        sums = torch.zeros(2 * batch.pairs, device=logps.device).index_add(0, batch.owner, logps * weights)
-        return sums[0::2], sums[1::2]
+    Args:
+        kl: KL of reference to policy at each token; every response token must be scored for it.
+        likelihood: also the chosen response's negative log-likelihood; it must be scored as a whole.
+    """
 
-    chosen, rejected = reduced(policy_logps, batch.weights)
-    reference_scores: tuple[Tensor | None, Tensor | None] = (None, None)
-    if reference_logps is not None:
-        reference_scores = reduced(reference_logps, batch.reference_weights)
-    kept = torch.zeros_like(batch.lengths).index_add(0, batch.owner, (batch.weights != 0).long())
+    def sums(values: Tensor) -> tuple[Tensor, Tensor]:
+        per_response = torch.zeros(2 * batch.pairs, device=values.device, dtype=values.dtype)
+        per_response = per_response.index_add(0, batch.owner, values)
+        return per_response[0::2], per_response[1::2]
+
+    nothing: tuple[None, None] = (None, None)
+    policy = sums(policy_logps * batch.weights)
+    reference = nothing if reference_logps is None else sums(reference_logps * batch.reference_weights)
+    divergence = nothing if kl is None else sums(kl)
+    kept = sums((batch.weights != 0).long())
     return PairScores(
-        policy_chosen=chosen,
-        policy_rejected=rejected,
-        reference_chosen=reference_scores[0],
-        reference_rejected=reference_scores[1],
+        policy_chosen=policy[0],
+        policy_rejected=policy[1],
+        reference_chosen=reference[0],
+        reference_rejected=reference[1],
         chosen_tokens=batch.lengths[0::2],
         rejected_tokens=batch.lengths[1::2],
-        chosen_kept=kept[0::2],
-        rejected_kept=kept[1::2],
+        chosen_kept=kept[0],
+        rejected_kept=kept[1],
+        chosen_nll=-sums(policy_logps)[0] / batch.lengths[0::2] if likelihood else None,
+        chosen_kl=divergence[0],
+        rejected_kl=divergence[1],
     )
 
 

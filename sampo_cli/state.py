@@ -49,8 +49,8 @@ def write_state(folder: Path, machinery: Machinery, progress: Mapping[str, Any],
     torch.save(state, folder / STATE_FILE)
 
 
-def read_state(folder: Path, machinery: Machinery, identity: Mapping[str, str]) -> dict[str, Any]:
-    """Put everything back and return the progress.
+def load_state(folder: Path, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What `write_state` wrote, on the CPU; `state["progress"]` is the progress.
 
     Raises:
         UsageError: the checkpoint is of another version, or `identity` (fingerprints by name) is not what it was.
@@ -64,6 +64,11 @@ def read_state(folder: Path, machinery: Machinery, identity: Mapping[str, str]) 
             f"cannot resume: {' and '.join(changed)} changed since {folder.name}",
             hint="put back what was there, or start a new run",
         )
+    return dict(state)
+
+
+def put_back(state: Mapping[str, Any], folder: Path, machinery: Machinery) -> None:
+    """Make everything that moves what it was when `state` was written into `folder`."""
     load_adapter_weights(machinery.policy, folder)
     machinery.optimizer.load_state_dict(state["optimizer"])
     machinery.scheduler.load_state_dict(state["scheduler"])
@@ -73,4 +78,3 @@ def read_state(folder: Path, machinery: Machinery, identity: Mapping[str, str]) 
     torch.set_rng_state(state["generators"]["torch"])
     if "cuda" in state["generators"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["generators"]["cuda"])
-    return dict(state["progress"])

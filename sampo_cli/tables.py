@@ -8,9 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sampo_cli.console import stdout
+from sampo_cli.console import print_facts, stdout
 from sampo_cli.data_report import Summary, Token
 from sampo_cli.hub import PushPlan
+from sampo_cli.methods import Method
 
 BAR = 24
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
@@ -86,3 +87,33 @@ def print_push_plan(plan: PushPlan) -> None:
         stdout.print(note, markup=False)
     stdout.print("README.md:", style="bold")
     stdout.print(plan.card, markup=False, soft_wrap=True)
+
+
+def print_methods(methods: Sequence[Method]) -> None:
+    """A line a method."""
+    table = Table("method", "reference", "reduction", "defaults", "paper")
+    for method in methods:
+        table.add_row(
+            method.name, "yes" if method.needs_reference else "no", method.reduction, _defaults(method), method.paper
+        )
+    stdout.print(table)
+
+
+def print_method(method: Method) -> None:
+    """One method whole, with its citation."""
+    facts = {
+        "loss of a pair": method.formula,
+        "reference": "yes" if method.needs_reference else "none is computed",
+        "reduction": f"{method.reduction} (takes {', '.join(method.reductions)})",
+        "defaults": _defaults(method),
+        "paper": method.paper,
+    }
+    print_facts(method.name, facts)
+    stdout.print(method.citation, markup=False, soft_wrap=True)
+
+
+def _defaults(method: Method) -> str:
+    sections = method.recipe_defaults()
+    values = {**sections["method"], **sections.get("train", {})}
+    shown = {key: value for key, value in values.items() if key != "reduction" and value}
+    return ", ".join(f"{key} {value:g}" for key, value in shown.items())

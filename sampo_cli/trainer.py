@@ -7,10 +7,11 @@ backward -> a metrics row. What the loop does not do: load models, read data, dr
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,16 +20,19 @@ from accelerate import Accelerator
 
 from sampo_cli import checkpoint, metrics
 from sampo_cli.batch import Draw, Pair, PairBatch, collate, micro_batches, step_indices, steps_per_epoch
-from sampo_cli.config import Recipe, TrainConfig
-from sampo_cli.errors import Interrupted, NumericsError, UsageError
-from sampo_cli.lora import save_adapter
-from sampo_cli.losses import Method, PairScores
+from sampo_cli.config import Recipe
+from sampo_cli.errors import Interrupted, NumericsError
+from sampo_cli.lora import adopt_reference, save_adapter
+from sampo_cli.losses import LossOutput, PairScores, add_likelihood
+from sampo_cli.methods import Method
 from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
-from sampo_cli.policy import Policy, reference
-from sampo_cli.remote import first_line
+from sampo_cli.policy import Policy, reference, score_against_reference
+from sampo_cli.rounds import round_folder, round_parts, total_steps
+from sampo_cli.running import RewardMemory
 from sampo_cli.scores import Tally, pair_scores
 from sampo_cli.signals import StopRequest
-from sampo_cli.state import Machinery, read_state, write_state
+from sampo_cli.state import Machinery, load_state, put_back, write_state
+from sampo_cli.tracking import track
 
 STEP_0_TOLERANCE = 1e-3
 """Nats per token by which policy and reference may differ before training; LoRA with B = 0 gives exactly 0."""
@@ -37,11 +41,6 @@ DORA_TOLERANCE = 5e-2
 """The same for DoRA, which multiplies by a norm over itself: 1 but for rounding in the compute dtype."""
 
 ZERO_GRADIENT_STEPS = 3
-
-
-def total_steps(settings: TrainConfig, pairs: int) -> int:
-    """Optimizer steps of a run on `pairs` training pairs."""
-    return settings.max_steps or math.ceil((settings.epochs or 1) * steps_per_epoch(pairs, settings.batch_pairs))
 
 
 class Pairs(Protocol):
@@ -73,9 +72,12 @@ class Split:
 
 @dataclass
 class Progress:
-    """What a checkpoint restores beside weights and optimizer."""
+    """What a checkpoint restores beside weights and optimizer; `rounds`: the last evaluation of each that is over."""
 
     step: int = 0
+    round: int = 0
+    rounds: list[dict[str, Any] | None] = field(default_factory=list)
+    rewards: dict[str, Any] | None = None
     best: float | None = None
     best_row: dict[str, Any] | None = None
     last_evaluation: dict[str, Any] | None = None
@@ -89,7 +91,7 @@ class Trainer:
         policy: with adapters, on its device.
         split: the pairs.
         recipe: resolved; nothing in it is empty that the loop needs.
-        method: of `losses.METHODS`.
+        method: of `methods.METHODS`.
         folder: the run's.
         view: told of every row.
         identity: fingerprints of what a resumed run must find unchanged, by name.
@@ -122,19 +124,36 @@ class Trainer:
         self.raw_policy = policy
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.policy = self.accelerator.prepare_model(policy, device_placement=False)
-        self.steps = total_steps(settings, len(split.train))
+        self.parts = round_parts(split.train, recipe.iterations, settings.seed)
+        self.round_ends = list(accumulate(total_steps(settings, len(part)) for part in self.parts))
+        self.steps = self.round_ends[-1]
         self.eval_every = settings.eval_every or max(1, math.ceil(self.steps / 5))
-        optimizer = make_optimizer(self.parameters, settings, self.accelerator.device)
-        self.scheduler = make_scheduler(optimizer, settings, self.steps)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.machinery = Machinery(policy, self.optimizer, self.scheduler, self.accelerator.scaler)
         self.options = {name: getattr(recipe.method, name) for name in method.option_names}
+        self.memory = RewardMemory(method.memory)
         self.progress = Progress()
+        self._prepare_optimizer()
+
+    def _prepare_optimizer(self) -> None:
+        """A new optimizer and schedule: of the round that begins, or of the whole run if it does not restart."""
+        settings, ends, number = self.recipe.train, self.round_ends, self.progress.round
+        restarts = self.recipe.iterations.schedule == "restart"
+        optimizer = make_optimizer(self.parameters, settings, self.accelerator.device)
+        self.scheduler = make_scheduler(
+            optimizer, settings, ends[number] - self.round_start if restarts else self.steps
+        )
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.machinery = Machinery(self.raw_policy, self.optimizer, self.scheduler, self.accelerator.scaler)
+
+    @property
+    def round_start(self) -> int:
+        """Steps that were taken before the present round."""
+        return self.round_ends[self.progress.round - 1] if self.progress.round else 0
 
     def draw(self, epoch: int) -> Draw:
         method = self.recipe.method
         assert method.reduction is not None, "resolve() fills the reduction"
-        return Draw(method.reduction, self.recipe.train.seed, epoch, method.sampling)
+        whole = bool(method.sft_weight)
+        return Draw(method.reduction, self.recipe.train.seed, epoch, method.sampling, whole, method.draws)
 
     def batches(self, indices: Iterable[int], epoch: int) -> Iterable[PairBatch]:
         """The micro-batches of some pairs, on the device, longest first."""
@@ -144,34 +163,44 @@ class Trainer:
             yield collate(group, self.draw(epoch), layout).to(self.accelerator.device)
 
     def scores(self, batch: PairBatch) -> PairScores:
-        reference_logps = None
-        if self.method.needs_reference:
-            with reference(self.policy):
-                reference_logps = self.policy(batch)
-        return pair_scores(batch, self.policy(batch), reference_logps)
+        reference_logps = kl = None
+        if self.method.needs_kl:
+            policy_logps, reference_logps, kl = score_against_reference(self.policy, batch)
+        else:
+            if self.method.needs_reference:
+                with reference(self.policy):
+                    reference_logps = self.policy(batch)
+            policy_logps = self.policy(batch)
+        return pair_scores(batch, policy_logps, reference_logps, kl, likelihood=bool(self.recipe.method.sft_weight))
+
+    def loss(self, scores: PairScores) -> LossOutput:
+        out = self.method.loss(scores, **self.options, **self.memory.options())
+        return add_likelihood(out, scores, self.recipe.method.sft_weight or 0.0)
 
     def train_step(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One optimizer step over the pairs at `indices`, however many micro-batches that takes."""
         tally = Tally()
         for batch in self.batches(indices, epoch):
             scores = self.scores(batch)
-            out = self.method.loss(scores, **self.options)
+            out = self.loss(scores)
             self.accelerator.backward(out.losses.sum() / len(indices))
             tally.add(batch, scores, out)
         row = tally.row(self.split.where)
         row["learning_rate"] = self.scheduler.get_last_lr()[0]
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
-        self._check_gradient(norm)
+        self._check_gradient(norm, row["loss"])
         row["grad_norm"] = norm if math.isfinite(norm) else None  # float16's scaler skips such a step
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.memory.update(row["chosen_reward"], row["rejected_reward"], row["pairs"])
         return row
 
-    def _check_gradient(self, norm: float) -> None:
+    def _check_gradient(self, norm: float, loss: float) -> None:
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise NumericsError(f"the gradient's norm is {norm}", hint="lower train.learning_rate")
-        self.progress.zero_gradients = self.progress.zero_gradients + 1 if norm == 0 else 0
+        vanished = norm == 0 and loss > 0  # a hinge whose margins are all reached has no gradient, and no loss
+        self.progress.zero_gradients = self.progress.zero_gradients + 1 if vanished else 0
         if self.progress.zero_gradients >= ZERO_GRADIENT_STEPS:
             raise NumericsError(
                 f"the gradient was exactly 0 for {ZERO_GRADIENT_STEPS} steps: nothing is being trained",
@@ -186,7 +215,7 @@ class Trainer:
         try:
             for batch in self.batches(self.split.evaluation, epoch=0):
                 scores = self.scores(batch)
-                tally.add(batch, scores, self.method.loss(scores, **self.options))
+                tally.add(batch, scores, self.loss(scores))
         finally:
             self.policy.train()
         return {"kind": "eval", "step": self.progress.step, **tally.row(self.split.where)}
@@ -222,18 +251,21 @@ class Trainer:
             Interrupted: `stop` was set; the state is saved.
             NumericsError: see `train_step` and `check_reference`.
         """
-        if self.progress.step == 0:
-            self.check_reference()
         settings = self.recipe.train
         while self.progress.step < self.steps:
-            pairs = len(self.split.train)
-            epoch, chosen = step_indices(pairs, settings.batch_pairs, settings.seed, self.progress.step)
+            if self.progress.step == self.round_ends[self.progress.round]:
+                self.next_round()
+            part, within = self.parts[self.progress.round], self.progress.step - self.round_start
+            if within == 0:
+                self.check_reference()
+            epoch, chosen = step_indices(len(part), settings.batch_pairs, settings.seed, within)
             started = time.perf_counter()
-            row = self.train_step([self.split.train[index] for index in chosen], epoch)
+            row = self.train_step([part[index] for index in chosen], epoch)
             self.progress.step += 1
             self._record_step(row, time.perf_counter() - started)
             last = self.progress.step == self.steps
-            if self.split.evaluation and (last or self.progress.step % self.eval_every == 0):
+            ends = self.progress.step in self.round_ends
+            if self.split.evaluation and (ends or self.progress.step % self.eval_every == 0):
                 self._record_evaluation()
             if last or stop or self.progress.step % settings.save_every == 0:
                 self.save()
@@ -244,8 +276,25 @@ class Trainer:
                     terminated=stop.terminated,
                 )
 
+    def next_round(self) -> None:
+        """The policy becomes the frozen reference; optimizer, schedule, best adapter and memory start again."""
+        kept = round_folder(self.folder, self.progress.round)
+        with checkpoint.whole_folder(kept) as aside:
+            save_adapter(self.raw_policy, aside)
+        adopt_reference(self.raw_policy, kept)
+        progress = self.progress
+        progress.rounds = [*progress.rounds, progress.last_evaluation]
+        progress.round, progress.best, progress.best_row = progress.round + 1, None, None
+        shutil.rmtree(self.folder / checkpoint.BEST, ignore_errors=True)
+        self.memory.reset()
+        if self.recipe.iterations.schedule == "restart":
+            self._prepare_optimizer()
+        self.view.note(
+            f"round {progress.round + 1} of {len(self.parts)}: the reference is now the policy of {kept.name}"
+        )
+
     def _record_step(self, row: dict[str, Any], seconds: float) -> None:
-        per_epoch = steps_per_epoch(len(self.split.train), self.recipe.train.batch_pairs)
+        per_epoch = steps_per_epoch(len(self.parts[self.progress.round]), self.recipe.train.batch_pairs)
         row = {
             "kind": "train",
             "step": self.progress.step,
@@ -256,7 +305,7 @@ class Trainer:
             "seconds": seconds,
         }
         metrics.append(self.folder / "metrics.jsonl", row)
-        self._track("train", row)
+        track(self.accelerator, "train", row)
         self.view.train_row(row)
 
     def _record_evaluation(self) -> None:
@@ -268,34 +317,14 @@ class Trainer:
             with checkpoint.whole_folder(self.folder / checkpoint.BEST) as aside:
                 save_adapter(self.raw_policy, aside)
         metrics.append(self.folder / "metrics.jsonl", row)
-        self._track("eval", row)
+        track(self.accelerator, "eval", row)
         self.view.eval_row(row)
-
-    @contextmanager
-    def tracking(self) -> Iterator[None]:
-        """Trackers that were asked for, open inside and closed afterwards."""
-        if self.recipe.output.report_to:
-            settings = {f"{s}.{k}": str(v) for s, part in self.recipe.model_dump().items() for k, v in part.items()}
-            try:
-                own_folder = {"wandb": {"name": self.folder.name, "dir": str(self.folder)}}
-                self.accelerator.init_trackers("sampo", settings, own_folder)
-            except Exception as error:  # a tracker's own: no login, no network, a bad folder
-                reason = f"--report-to {' '.join(self.recipe.output.report_to)}: {first_line(error)}"
-                raise UsageError(reason, hint="log in to the tracker, or train without it") from error
-        try:
-            yield
-        finally:
-            self.accelerator.end_training()
-
-    def _track(self, prefix: str, row: Mapping[str, Any]) -> None:
-        if self.recipe.output.report_to:
-            numbers = {f"{prefix}/{key}": value for key, value in row.items() if key not in ("kind", "step")}
-            self.accelerator.log(numbers, step=row["step"])
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         with checkpoint.whole_folder(checkpoint.step_folder(self.folder, self.progress.step)) as aside:
             checkpoint.link_folder(self.folder / checkpoint.BEST, aside / checkpoint.BEST)
+            self.progress.rewards = self.memory.state_dict()
             write_state(aside, self.machinery, vars(self.progress), self.identity)
         checkpoint.prune(self.folder, self.recipe.train.keep_checkpoints)
         self.on_save()
@@ -308,6 +337,13 @@ class Trainer:
         Raises:
             UsageError: the run's data or base are not what they were.
         """
-        self.progress = Progress(**read_state(folder, self.machinery, self.identity))
+        state = load_state(folder, self.identity)
+        self.progress = Progress(**state["progress"])
+        if self.progress.round:
+            adopt_reference(self.raw_policy, round_folder(self.folder, self.progress.round - 1))
+            self._prepare_optimizer()
+        if self.progress.rewards:
+            self.memory.load_state_dict(self.progress.rewards)
+        put_back(state, folder, self.machinery)
         metrics.forget_after(self.folder / "metrics.jsonl", self.progress.step)
         checkpoint.forget_after(self.folder, folder)

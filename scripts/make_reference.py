@@ -15,7 +15,7 @@ import typer.main
 from sampo_cli.cli import FLAGS, app
 from sampo_cli.config import Recipe
 from sampo_cli.errors import ExitCode, SampoError
-from sampo_cli.losses import METHODS
+from sampo_cli.methods import METHODS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 
@@ -171,14 +171,11 @@ def recipe_section(name: str) -> str:
 def methods_section() -> str:
     rows = []
     for method in METHODS.values():
-        defaults = [
-            f"{section}.{key} {value:g}" for section, keys in method.defaults.items() for key, value in keys.items()
-        ]
         reference = "yes" if method.needs_reference else "no"
-        rows.append((code(method.name), code(method.reduction), reference, code("; ".join(defaults)), method.paper))
-    formulas = "\n\n".join(f"`{method.name}`:\n\n```text\n{method.formula}\n```" for method in METHODS.values())
-    titles = ("method", "reduction", "reference", "defaults", "paper")
-    return f"## Methods\n\n{table(titles, rows)}\n\nThe loss of one pair:\n\n{formulas}"
+        rows.append((code(method.name), code(method.reduction), reference, method.paper))
+    titles = ("method", "reduction", "reference", "paper")
+    about = "Formulas, defaults, usual ranges and citations are in [methods.md](methods.md)."
+    return f"## Methods\n\n{table(titles, rows)}\n\n{about}"
 
 
 def reference() -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from sampo_cli.card import hub_id, model_card
 from sampo_cli.errors import ModelError
-from sampo_cli.losses import METHODS
+from sampo_cli.methods import METHODS
 
 BASE = "meta-llama/Meta-Llama-3-8B-Instruct"
 COMMIT = "8afb486c1db24fe5011ec46dfbe5b5dccdb575c2"

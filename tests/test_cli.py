@@ -98,8 +98,9 @@ FLAGS = {
     "train": (
         "--recipe --model --data --method --output --adapter --epochs --max-steps --learning-rate --beta --batch-pairs "
         "--max-length --lora-r --lora-alpha --quantization --eval-fraction --save-every --resume --seed --report-to "
-        "--dry-run --set --quiet --json --debug"
+        "--dry-run --set --quiet --json --debug --iterations"
     ),
+    "methods": "--json --debug",
     "data": "--model --max-length --row --set --quiet --json --debug",
     "merge": "--base --output --dtype --quiet --json --debug",
     "push-to-hub": "--repo --merged --public --dry-run --quiet --json --debug",
@@ -231,6 +232,30 @@ def test_tensorboard_gets_the_rows(tiny_llama: Path, pairs_file: Path, tmp_path:
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_methods_are_listed_and_shown() -> None:
+    from sampo_cli.methods import METHODS
+
+    listed = succeeds("methods").stdout
+    assert all(name in listed for name in METHODS)
+    shown = succeeds("methods", "simpo").stdout
+    assert "2405.14734" in shown
+    assert "@" in shown
+    assert {entry["name"] for entry in json.loads(succeeds("methods", "--json").stdout)} == set(METHODS)
+    assert "did you mean 'simpo'?" in fails(ExitCode.USAGE, "methods", "simp0")
+
+
+def test_iterations_leave_one_ordinary_adapter(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--iterations", 2, "--set", "iterations.data=split", "--quiet", "--json")
+    summary = json.loads(succeeds(*train_flags(tiny_llama, pairs_file, run, *flags)).stdout)
+    assert summary["steps"] == {"done": 6, "planned": 6}
+    assert len(summary["rounds"]) == 1
+    assert (run / "rounds" / "round-1" / "adapter_model.safetensors").is_file()
+    assert json.loads(succeeds("merge", run, "--json", "--dtype", "float32").stdout)["merged_layers"] == 14
+    card = (run / "README.md").read_text()
+    assert "2 rounds" in card
 
 
 @pytest.mark.parametrize("method", ["dpo", "sampo"])
@@ -441,7 +466,7 @@ def test_a_full_disk_is_named(tiny_llama: Path, pairs_file: Path, tmp_path: Path
 
 def test_the_resolved_recipe_is_complete(finished: Path) -> None:
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
-    assert list(recipe) == ["model", "data", "lora", "method", "train", "output"]
+    assert list(recipe) == ["model", "data", "lora", "method", "train", "iterations", "output"]
     assert recipe["method"]["beta"] == 0.1
     assert recipe["train"]["learning_rate"] == 2e-5
     assert recipe["method"]["reduction"] == "sample"

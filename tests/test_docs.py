@@ -21,9 +21,10 @@ from sampo_cli import cli, formats, metrics
 from sampo_cli import run as runs
 from sampo_cli.config import Recipe, apply_settings, parse_yaml, put
 from sampo_cli.console import RunView
-from sampo_cli.losses import METHODS
+from sampo_cli.methods import METHODS
 from sampo_cli.plan import new_folder, resolve_recipe
 from sampo_cli.recipes import load_recipe, shipped_recipes
+from sampo_cli.remote import is_path_like
 from scripts import make_reference
 from tests import tiny
 from tests.test_architecture import imported
@@ -173,7 +174,15 @@ def test_shipped_recipes_load() -> None:
         tree.setdefault("data", {}).setdefault("sources", ["d"])
         recipe = resolve_recipe(tree)
         assert recipe.train.learning_rate is not None
-        assert all(Path(source).exists() or source == "d" for source in recipe.data.sources)
+        assert all(Path(source).exists() or not is_path_like(source) for source in recipe.data.sources)
+
+
+def test_every_recipe_opens_with_its_command_and_its_sources() -> None:
+    for name, path in shipped_recipes().items():
+        opening = path.read_text(encoding="utf-8").partition("\nmodel:")[0].partition("\ndata:")[0]
+        assert f"\n#   sampo train --recipe {name}" in opening
+        assert name == "quickstart" or all(f"# {word}" in opening for word in ("Published", "Sources: ")), name
+        assert name == "quickstart" or "hanged for LoRA" in opening
 
 
 def test_example_rows_are_read() -> None:
@@ -249,7 +258,8 @@ def test_a_run_leaves_what_is_documented(tiny_llama: Path, pairs_file: Path, tmp
     tree = {
         "model": {"name": str(tiny_llama)},
         "data": {"sources": [str(pairs_file)]},
-        "train": {"max_steps": 2, "batch_pairs": 4},
+        "train": {"max_steps": 1, "batch_pairs": 4},
+        "iterations": {"count": 2},
     }
     view = RunView(quiet=True)
     runs.train(resolve_recipe(tree), view, tmp_path / "run")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sampo_cli import logprobs
-from sampo_cli.logprobs import Head, token_logps
+from sampo_cli.logprobs import Head, token_kl, token_logps
 
 
 def plain(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
@@ -39,6 +39,31 @@ def test_values_and_gradients(head: Head, chunk: int, monkeypatch: pytest.Monkey
     (value * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [4 * 11, 2**25])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_kl_values_and_gradients(softcap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    head = Head(torch.randn(11, 5), softcap=softcap, scale=0.7)
+    ours, theirs = (torch.randn(9, 5, requires_grad=True) for _ in range(2))
+    theirs.data.copy_(ours.data)
+    reference, weights = torch.randn(9, 5), torch.randn(9)
+
+    def log_softmax(hidden: torch.Tensor) -> torch.Tensor:
+        logits = hidden @ head.weight.T * head.scale
+        return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
+
+    expected = torch.nn.functional.kl_div(
+        log_softmax(theirs), log_softmax(reference), reduction="none", log_target=True
+    )
+    value = token_kl(ours, reference, head)
+    torch.testing.assert_close(value, expected.sum(-1), atol=2e-6, rtol=0)
+    (value * weights).sum().backward()
+    (expected.sum(-1) * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=5e-6, rtol=0)
+    assert token_kl(ours, ours.detach(), head).abs().max() < 1e-6
 
 
 def test_nothing_is_kept_for_backward_without_gradients() -> None:

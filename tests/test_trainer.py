@@ -16,7 +16,7 @@ from sampo_cli import batch, checkpoint, metrics
 from sampo_cli.batch import Pair
 from sampo_cli.config import Recipe
 from sampo_cli.errors import Interrupted, NumericsError, UsageError
-from sampo_cli.losses import METHODS
+from sampo_cli.methods import METHODS
 from sampo_cli.model import load_policy
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.signals import StopRequest
