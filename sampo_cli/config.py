@@ -108,7 +108,10 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward to save memory.")
-    eval_every: Positive | None = Field(None, description="Steps between evaluations; a fifth of the run if empty.")
+    eval_every: Positive | None = Field(
+        None,
+        description="Steps between evaluations; a fifth of the run if empty, 10 at least. A round's last step always.",
+    )
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Older checkpoints are deleted.")
     seed: int = Field(42, ge=0, description="Of the split, the order, the sampled positions and the adapter.")

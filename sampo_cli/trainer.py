@@ -42,6 +42,9 @@ DORA_TOLERANCE = 5e-2
 
 ZERO_GRADIENT_STEPS = 3
 
+LEAST_EVAL_EVERY = 10
+"""Steps between evaluations, at least, where the recipe says nothing: a short run is not to be all evaluation."""
+
 
 class Pairs(Protocol):
     """Anything that gives pairs by index."""
@@ -127,7 +130,7 @@ class Trainer:
         self.parts = round_parts(split.train, recipe.iterations, settings.seed)
         self.round_ends = list(accumulate(total_steps(settings, len(part)) for part in self.parts))
         self.steps = self.round_ends[-1]
-        self.eval_every = settings.eval_every or max(1, math.ceil(self.steps / 5))
+        self.eval_every = settings.eval_every or max(LEAST_EVAL_EVERY, math.ceil(self.steps / 5))
         self.options = {name: getattr(recipe.method, name) for name in method.option_names}
         self.memory = RewardMemory(method.memory)
         self.progress = Progress()
