@@ -90,13 +90,17 @@ def print_push_plan(plan: PushPlan) -> None:
 
 
 def print_methods(methods: Sequence[Method]) -> None:
-    """A line a method."""
-    table = Table("method", "reference", "reduction", "defaults", "paper")
+    """A row a method, and under it its formula."""
+    table = Table("method", "reference", "reduction", "defaults", "paper", box=None, header_style="bold")
     for method in methods:
-        table.add_row(
-            method.name, "yes" if method.needs_reference else "no", method.reduction, _defaults(method), method.paper
-        )
+        needs = "yes" if method.needs_reference else "no"
+        table.add_row(f"[bold]{method.name}[/]", needs, method.reduction, _defaults(method), method.paper)
     stdout.print(table)
+    stdout.print("\nloss of a pair", style="bold")
+    for method in methods:
+        formula = method.formula.partition("\n")[0]
+        stdout.print(f"  [bold]{method.name:<10}[/]  {escape(formula)}", soft_wrap=True)
+    stdout.print("\n`sampo methods NAME` explains the symbols and gives the citation.", markup=False)
 
 
 def print_method(method: Method) -> None:
