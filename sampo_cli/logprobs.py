@@ -7,6 +7,7 @@ comes after it but for one number: it is worked out chunk by chunk in the forwar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,23 +52,22 @@ class Head:
         return self.scale if self.softcap is None else self.scale * (1 - (logits_NV / self.softcap) ** 2)
 
 
-class _TokenLogProbs(torch.autograd.Function):
+# What a chunk of scored tokens gives: a value per token, and its gradient by the hidden state if that is asked for.
+Score = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+
+
+class _InChunks(torch.autograd.Function):
+    """`score` over hidden states, a chunk at a time; backward multiplies the gradient that forward worked out."""
+
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
-        rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
-        logps, gradients = [], []
-        for hidden, targets in zip(hidden_NH.split(rows), targets_N.split(rows), strict=True):
-            logits = head.logits(hidden)
-            normalizer = logits.logsumexp(-1)
-            logps.append(logits.gather(1, targets[:, None])[:, 0] - normalizer)
-            if ctx.needs_input_grad[0]:
-                slope = head.slope(logits)
-                grad = logits.sub_(normalizer[:, None]).exp_().neg_()
-                grad[torch.arange(len(targets), device=targets.device), targets] += 1
-                gradients.append(head.pull_back(grad, slope))
+    def forward(ctx: Any, hidden_NH: Tensor, vocabulary: int, score: Score) -> Tensor:
+        rows = max(1, CHUNK_LOGITS // vocabulary)
+        chunks = [slice(start, start + rows) for start in range(0, len(hidden_NH), rows)]
+        parts = [score(hidden_NH[chunk], chunk, ctx.needs_input_grad[0]) for chunk in chunks]
+        gradients = [gradient for _, gradient in parts if gradient is not None]
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(logps)
+        return torch.cat([values for values, _ in parts])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -77,31 +77,31 @@ class _TokenLogProbs(torch.autograd.Function):
 
 def token_logps(hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     """log p(target | hidden) of each scored token: float32 [N] from hidden states [N, H] and token ids [N]."""
-    return _TokenLogProbs.apply(hidden_NH, targets_N, head)
 
+    def score(hidden: Tensor, chunk: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        targets, logits = targets_N[chunk], head.logits(hidden)
+        normalizer = logits.logsumexp(-1)
+        logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
+        if not with_gradient:
+            return logps, None
+        slope = head.slope(logits)
+        grad = logits.sub_(normalizer[:, None]).exp_().neg_()  # onehot(target) - softmax(logits)
+        grad[torch.arange(len(targets), device=targets.device), targets] += 1
+        return logps, head.pull_back(grad, slope)
 
-class _TokenKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, reference_NH: Tensor, head: Head) -> Tensor:
-        rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
-        divergences, gradients = [], []
-        for hidden, reference in zip(hidden_NH.split(rows), reference_NH.split(rows), strict=True):
-            logits = head.logits(hidden)
-            policy_logp, reference_logp = logits.log_softmax(-1), head.logits(reference).log_softmax(-1)
-            reference_p = reference_logp.exp()
-            divergences.append((reference_p * (reference_logp - policy_logp)).sum(-1))
-            if ctx.needs_input_grad[0]:
-                gradients.append(head.pull_back(policy_logp.exp_() - reference_p, head.slope(logits)))
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(divergences)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_NH,) = ctx.saved_tensors
-        return gradient_NH * grads[0][:, None].to(gradient_NH.dtype), None, None
+    return _InChunks.apply(hidden_NH, head.weight.shape[0], score)
 
 
 def token_kl(hidden_NH: Tensor, reference_NH: Tensor, head: Head) -> Tensor:
     """KL(reference || policy) over the vocabulary at each position, float32 [N]; no gradient to the reference."""
-    return _TokenKL.apply(hidden_NH, reference_NH, head)
+
+    def score(hidden: Tensor, chunk: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        logits = head.logits(hidden)
+        policy_logp, reference_logp = logits.log_softmax(-1), head.logits(reference_NH[chunk]).log_softmax(-1)
+        reference_p = reference_logp.exp()
+        divergence = (reference_p * (reference_logp - policy_logp)).sum(-1)
+        if not with_gradient:
+            return divergence, None
+        return divergence, head.pull_back(policy_logp.exp_() - reference_p, head.slope(logits))
+
+    return _InChunks.apply(hidden_NH, head.weight.shape[0], score)

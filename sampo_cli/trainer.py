@@ -43,7 +43,7 @@ DORA_TOLERANCE = 5e-2
 ZERO_GRADIENT_STEPS = 3
 
 LEAST_EVAL_EVERY = 10
-"""Steps between evaluations, at least, where the recipe says nothing: a short run is not to be all evaluation."""
+"""Where the recipe says nothing: a short run is not to be all evaluation."""
 
 
 class Pairs(Protocol):
@@ -153,10 +153,9 @@ class Trainer:
         return self.round_ends[self.progress.round - 1] if self.progress.round else 0
 
     def draw(self, epoch: int) -> Draw:
-        method = self.recipe.method
+        method, seed = self.recipe.method, self.recipe.train.seed
         assert method.reduction is not None, "resolve() fills the reduction"
-        whole = bool(method.sft_weight)
-        return Draw(method.reduction, self.recipe.train.seed, epoch, method.sampling, whole, method.draws)
+        return Draw(method.reduction, seed, epoch, method.sampling, bool(method.sft_weight), method.draws)
 
     def batches(self, indices: Iterable[int], epoch: int) -> Iterable[PairBatch]:
         """The micro-batches of some pairs, on the device, longest first."""
@@ -281,11 +280,10 @@ class Trainer:
 
     def next_round(self) -> None:
         """The policy becomes the frozen reference; optimizer, schedule, best adapter and memory start again."""
-        kept = round_folder(self.folder, self.progress.round)
+        progress, kept = self.progress, round_folder(self.folder, self.progress.round)
         with checkpoint.whole_folder(kept) as aside:
             save_adapter(self.raw_policy, aside)
         adopt_reference(self.raw_policy, kept)
-        progress = self.progress
         progress.rounds = [*progress.rounds, progress.last_evaluation]
         progress.round, progress.best, progress.best_row = progress.round + 1, None, None
         shutil.rmtree(self.folder / checkpoint.BEST, ignore_errors=True)

@@ -89,7 +89,7 @@ def test_every_command_is_one_that_the_program_takes(page: Path) -> None:
             if name == "train" and flag in cli.FLAGS and value:
                 put(tree, *cli.FLAGS[flag].split("."), list(value) if isinstance(value, tuple) else value)
         apply_settings(tree, parsed.get("settings") or [])
-        resolve_recipe(tree)
+        assert resolve_recipe(tree).method.beta is not None, words
 
 
 RUN_ALL = """
@@ -163,7 +163,7 @@ def test_recipe_keys_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_yaml_blocks_are_recipes(page: Path) -> None:
     for block in fences(page, "yaml"):
-        resolve_recipe({"model": {"name": "m"}, **parse_yaml(block, page.name)})
+        assert resolve_recipe({"model": {"name": "m"}, **parse_yaml(block, page.name)}).data.sources
 
 
 def test_shipped_recipes_load() -> None:

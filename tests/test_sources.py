@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sampo_cli.config import DataConfig
-from sampo_cli.data import PairDataset, prepare
 from sampo_cli.errors import DataError, HubError
-from tests import tiny
+from tests.test_data import EXPECTED, ROWS, answers, empty_cache, lines, read, tokenizer
 
-ROWS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no, never {i}"} for i in range(5)]
-
-
-@pytest.fixture
-def tokenizer() -> Any:
-    return tiny.make_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: None) -> None:
-    monkeypatch.setenv("SAMPO_CACHE", str(tmp_path / "cache"))
-
-
-EXPECTED = [f"yes {i}<|im_end|>" for i in range(5)]
-
-
-def lines(rows: Iterable[object]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def read(tokenizer: Any, *sources: object, **settings: Any) -> PairDataset:
-    return prepare(DataConfig(sources=[str(source) for source in sources], **settings), tokenizer)
-
-
-def answers(tokenizer: Any, dataset: PairDataset) -> list[str]:
-    return [tokenizer.decode(dataset[i].chosen) for i in range(len(dataset))]
+__all__ = ["empty_cache", "tokenizer"]  # fixtures
 
 
 def write_csv(path: Path) -> None:
