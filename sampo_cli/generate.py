@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sampo_cli.policy import Policy, reference
+from sampo_cli.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,8 @@ class Answer:
 
 
 @torch.no_grad()
-def answer(
-    policy: Policy, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 256, base: bool = False
-) -> list[Answer]:
-    """Greedy answers of the policy, or with `base` of its reference, to single-turn prompts.
+def answer(policy: Policy, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 256) -> list[Answer]:
+    """Greedy answers of the policy to single-turn prompts.
 
     The prompts run as one left-padded batch.
     """
@@ -44,10 +41,9 @@ def answer(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=causal_lm.device)
     was_training = policy.training
     policy.eval()
-    switch: AbstractContextManager[None] = reference(policy) if base else nullcontext()
     device = causal_lm.device.type
     try:
-        with switch, torch.autocast(device, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
+        with torch.autocast(device, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
             rows = causal_lm.generate(
                 input_ids=input_ids,
                 attention_mask=mask,

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from sampo_cli import console
@@ -105,8 +106,8 @@ def answers_table(before: list[Answer], after: list[Answer]) -> Table:
     for column in ("prompt", "base", "merged model"):
         table.add_column(column, ratio=1 if column == "prompt" else 2)
     for one, other in zip(before, after, strict=True):
-        cells = [f"{a.text}\n[dim]({a.tokens}{'' if a.ended else '+'})[/dim]" for a in (one, other)]
-        table.add_row(one.prompt, *cells)
+        cells = [f"{escape(a.text)}\n[dim]({a.tokens}{'' if a.ended else '+'})[/dim]" for a in (one, other)]
+        table.add_row(escape(one.prompt), *cells)
     means = [sum(a.tokens for a in side) / len(side) for side in (before, after)]
     table.add_row("[bold]mean tokens[/bold]", *(f"[bold]{mean:.1f}[/bold]" for mean in means))
     return table
