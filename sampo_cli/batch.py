@@ -8,10 +8,11 @@ Legend: B pairs, R rows, S positions of a row, N scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from sampo_cli.sampling import ORDER, POLICY, REFERENCE, Reduction, Sampling, pa
 
 Layout = Literal["shared", "separate"]
 TokenIds = NDArray[np.int32]
+Logps = NDArray[np.float32]
 
 FORWARD_COST = 128
 """What one more forward pass costs, in positions; padding below that is cheaper than another cut."""
@@ -47,6 +49,27 @@ class Pair:
         return tuple(len(self.prompt) + response for response in responses)
 
 
+class Pairs(Protocol):
+    """Anything that gives pairs by index, and knows ids and lengths of all of them: int arrays [n]."""
+
+    pair_ids: NDArray[np.int64]
+    prompt_tokens: NDArray[np.int32]
+    chosen_tokens: NDArray[np.int32]
+    rejected_tokens: NDArray[np.int32]
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+
+def row_positions(pairs: Pairs, layout: Layout) -> NDArray[np.int64]:
+    """Positions of each pair's row, or of its two rows padded to the longer one; int64 [n]."""
+    prompt, chosen, rejected = (
+        tokens.astype(np.int64) for tokens in (pairs.prompt_tokens, pairs.chosen_tokens, pairs.rejected_tokens)
+    )
+    if layout == "shared":
+        return prompt + chosen + rejected
+    return 2 * (prompt + np.maximum(chosen, rejected))
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """B pairs laid out for one forward pass.
@@ -62,6 +85,7 @@ class PairBatch:
         reference_weights: float32 [N]; the same for the reference. Equal to `weights` unless sampling is independent.
         lengths: int64 [2B]; tokens of each response.
         pair_ids: int64 [B].
+        reference_logps: float32 [N]; the reference's log-probs, where they are known already.
     """
 
     input_ids: Tensor
@@ -74,13 +98,22 @@ class PairBatch:
     reference_weights: Tensor
     lengths: Tensor
     pair_ids: Tensor
+    reference_logps: Tensor | None = None
 
     @property
     def pairs(self) -> int:
         return len(self.pair_ids)
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
     def to(self, device: torch.device | str) -> PairBatch:
-        return PairBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> PairBatch:
+        """In memory that a GPU can fetch from while it computes."""
+        return self._each(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -139,37 +172,45 @@ def _predicting_positions(pair: Pair, layout: Layout, first_row: int, width: int
     return first_row * width + np.concatenate([before_chosen, before_rejected])
 
 
-def collate(pairs: Sequence[Pair], draw: Draw, layout: Layout = "shared") -> PairBatch:
-    """Lay `pairs` out as one `PairBatch`, on the CPU."""
+def collate(
+    pairs: Sequence[Pair], draw: Draw, layout: Layout = "shared", reference: Callable[[Pair], Logps] | None = None
+) -> PairBatch:
+    """Lay `pairs` out as one `PairBatch`, on the CPU.
+
+    Args:
+        reference: gives the reference's log-probs of a pair's chosen and rejected tokens in a row, [T_w + T_l].
+    """
     width = max(length for pair in pairs for length in pair.row_lengths(layout))
     grids: list[list[NDArray]] = [[], [], []]
-    scored: list[tuple[NDArray, ...]] = []
+    scored: dict[str, list[NDArray]] = defaultdict(list)
     for b, pair in enumerate(pairs):
         first_row = len(grids[0])
         for row in _rows(pair, layout):
             for grid, values, fill in zip(grids, row, (0, 0, PADDING), strict=True):
                 grid.append(np.pad(values, (0, width - len(values)), constant_values=fill))
-        positions = _predicting_positions(pair, layout, first_row, width)
-        targets = np.concatenate([pair.chosen, pair.rejected])
-        owner = np.repeat([2 * b, 2 * b + 1], [len(pair.chosen), len(pair.rejected)])
         weights = draw.weights(pair, POLICY)
-        reference = draw.weights(pair, REFERENCE) if draw.sampling == "independent" else weights
-        keep = (weights != 0) | (reference != 0)
+        reference_weights = draw.weights(pair, REFERENCE) if draw.sampling == "independent" else weights
+        columns = {
+            "positions": _predicting_positions(pair, layout, first_row, width),
+            "targets": np.concatenate([pair.chosen, pair.rejected]).astype(np.int64),
+            "owner": np.repeat([2 * b, 2 * b + 1], [len(pair.chosen), len(pair.rejected)]),
+            "weights": weights,
+            "reference_weights": reference_weights,
+        }
+        if reference:
+            columns["reference_logps"] = reference(pair)
+        keep = (weights != 0) | (reference_weights != 0)
         keep[: len(pair.chosen)] |= draw.whole_chosen
-        scored.append(tuple(column[keep] for column in (positions, targets, owner, weights, reference)))
+        for name, column in columns.items():
+            scored[name].append(column[keep])
     input_ids, position_ids, segments = (np.stack(grid) for grid in grids)
-    positions, targets, owner, weights, reference = (np.concatenate(column) for column in zip(*scored, strict=True))
     return PairBatch(
-        input_ids=torch.from_numpy(input_ids).long(),
-        position_ids=torch.from_numpy(position_ids).long(),
-        segments=torch.from_numpy(segments).to(torch.int8),
-        positions=torch.from_numpy(positions).long(),
-        targets=torch.from_numpy(targets).long(),
-        owner=torch.from_numpy(owner).long(),
-        weights=torch.from_numpy(weights),
-        reference_weights=torch.from_numpy(reference),
+        input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+        position_ids=torch.from_numpy(position_ids.astype(np.int64)),
+        segments=torch.from_numpy(segments.astype(np.int8)),
         lengths=torch.tensor([len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]),
         pair_ids=torch.tensor([pair.pair_id for pair in pairs]),
+        **{name: torch.from_numpy(np.concatenate(parts)) for name, parts in scored.items()},
     )
 
 
@@ -190,7 +231,9 @@ def step_indices(pairs: int, pairs_per_step: int, seed: int, step: int) -> tuple
     return epoch, epoch_order(pairs, seed, epoch)[within * pairs_per_step :][:pairs_per_step]
 
 
-def micro_batches(pairs: Iterable[Pair], token_budget: int, layout: Layout = "shared") -> list[list[Pair]]:
+def micro_batches(
+    pairs: Iterable[Pair], token_budget: int, layout: Layout = "shared", most_pairs: int | None = None
+) -> list[list[Pair]]:
     """Cut a step's pairs into micro-batches of at most `token_budget` positions, padding included.
 
     Pairs are sorted by length, longest first, and cut where the sum of padding and of `FORWARD_COST` per micro-batch
@@ -202,7 +245,7 @@ def micro_batches(pairs: Iterable[Pair], token_budget: int, layout: Layout = "sh
     # best[i]: least cost of the pairs from i on, and where their first micro-batch ends.
     best: list[tuple[int, int]] = [(0, 0)] * (len(ordered) + 1)
     for start in range(len(ordered) - 1, -1, -1):
-        most = max(1, token_budget // widths[start])
+        most = min(max(1, token_budget // widths[start]), most_pairs or len(ordered))
         ends = range(start + 1, min(start + most, len(ordered)) + 1)
         best[start] = min((FORWARD_COST + widths[start] * (end - start) + best[end][0], end) for end in ends)
     groups, start = [], 0

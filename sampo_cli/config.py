@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sampo_cli.errors import UsageError, nearest
 
@@ -35,7 +35,12 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Compute dtype; auto is bfloat16 where the device has it."
     )
-    attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="Attention implementation.")
+    attention: Literal["auto", "sdpa", "flex", "eager"] = Field(
+        "auto", description="Attention implementation; auto is flex on CUDA where the architecture has it, else sdpa."
+    )
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto", description="Fused kernels for norms, rotary embeddings and MLPs; auto uses Liger's where installed."
+    )
     layout: Literal["auto", "shared", "separate"] = Field(
         "auto", description="One row per pair with a shared prompt, or two rows; auto tests what the model can do."
     )
@@ -98,16 +103,25 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0, description="Passes over the data; the method's default if empty.")
     max_steps: Positive | None = Field(None, description="Optimizer steps; epochs do not count then.")
     batch_pairs: Positive = Field(16, description="Pairs per optimizer step.")
-    tokens_per_microbatch: Positive = Field(4096, description="Positions of one forward pass; lower it to save memory.")
+    tokens_per_microbatch: Positive | None = Field(
+        None, description="Positions of one forward pass; if empty, the most that fits is found before the first step."
+    )
+    pairs_per_microbatch: Positive | None = Field(None, description="Most pairs of one forward pass, if it is limited.")
+    cache_reference: Literal["auto", "on", "off"] = Field(
+        "auto", description="Keep the reference's log-probs on disk; auto does if pairs are seen more than once."
+    )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; the method's default if empty.")
     scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
     warmup_ratio: Share = Field(0.1, description="Share of steps in which the rate rises.")
-    optimizer: Literal["auto", "adamw", "adamw_8bit"] = Field(
-        "auto", description="auto: bitsandbytes' paged 8-bit AdamW on CUDA, torch's elsewhere."
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "auto", description="torch's AdamW or bitsandbytes'; auto is the paged 8-bit one on CUDA, torch's elsewhere."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in backward to save memory.")
+    checkpointing: Literal["all", "selective", "none"] = Field(
+        "all", description="Which activations backward computes again: all, all but attention's, or none."
+    )
+    offload_activations: bool = Field(False, description="Keep activations in the CPU's memory until backward.")
     eval_every: Positive | None = Field(
         None,
         description="Steps between evaluations; a fifth of the run if empty, 10 at least. A round's last step always.",
@@ -115,6 +129,12 @@ class TrainConfig(Section):
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Older checkpoints are deleted.")
     seed: int = Field(42, ge=0, description="Of the split, the order, the sampled positions and the adapter.")
+
+    @field_validator("cache_reference", mode="before")
+    @classmethod
+    def _on_off(cls, value: Any) -> Any:
+        """YAML reads a bare `on` as true."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class IterationsConfig(Section):

@@ -9,27 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sampo_cli.batch import Pair
+from sampo_cli.cache import cache_folder, is_complete
 from sampo_cli.config import DataConfig
+from sampo_cli.datafile import DataFile, Stamp, digest, stamp
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.pair_builder import INDEX, Counts, Progress, StoreBuilder
 from sampo_cli.sampling import SPLIT
-from sampo_cli.sources import DataFile, digest, find
+from sampo_cli.sources import find
 from sampo_cli.template import PairEncoder
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 
+_UNFINISHED = ".building-"
 _PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -96,8 +98,8 @@ def prepare(
         progress: called with rows done and rows in all (None where unknown).
 
     Raises:
-        DataError: a source that is missing, unreadable or in no known format; a bad row under `on_bad_row="error"`;
-            no usable pair.
+        DataError: a source that is missing, unreadable, in no known format, or written to meanwhile; a bad row under
+            `on_bad_row="error"`; no usable pair.
         HubError: a source on the Hub that cannot be fetched.
         ModelError: a chat template that cannot be used.
         UsageError: settings that leave no room.
@@ -108,15 +110,16 @@ def prepare(
     encoder = PairEncoder(tokenizer, config.template_date)
     sources = [find(source, config.revision) for source in config.sources]
     files = [file for source in sources for file in source]
+    stamps = [stamp(file) for file in files]
     digests = {file.path: digest(file) for file in files}
-    content = [[digests[file.path][0] for file in source] for source in sources]
+    content = [[(digests[file.path][0], file.format) for file in source] for source in sources]
     folder = cache_folder() / "pairs" / _key(content, encoder, config, max_length)
-    cached = _is_complete(folder)
+    cached = is_complete(folder)
     if not cached:
         lines = [digests[file.path][1] for file in files]
         total = None if None in lines else sum(count or 0 for count in lines)
         builder = StoreBuilder(config, encoder, max_length, progress, total)
-        _build(folder, builder, sources)
+        _build(folder, builder, sources, stamps)
     return PairDataset(folder, files, max_length, cached=cached)
 
 
@@ -130,13 +133,8 @@ def split(pairs: int, eval_fraction: float, seed: int) -> tuple[NDArray[np.int64
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def cache_folder() -> Path:
-    """Where sampo keeps what it can make again: $SAMPO_CACHE, or ~/.cache/sampo."""
-    return Path(os.environ.get("SAMPO_CACHE") or Path.home() / ".cache" / "sampo").expanduser()
-
-
-def _key(content: list[list[str]], encoder: PairEncoder, config: DataConfig, max_length: int) -> str:
-    """Hash of all that a store depends on, 32 hex digits. `content`: the digest of each file of each source."""
+def _key(content: list[list[tuple[str, str]]], encoder: PairEncoder, config: DataConfig, max_length: int) -> str:
+    """Hash of all that a store depends on, 32 hex digits. `content`: digest and format of each file of each source."""
     parts = {
         "format": STORE_FORMAT,
         "content": content,
@@ -163,30 +161,52 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
-def _is_complete(folder: Path) -> bool:
-    """True for a store whose files are as long as they were when it was finished."""
-    try:
-        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+def _build(folder: Path, builder: StoreBuilder, sources: Sequence[Sequence[DataFile]], stamps: Sequence[Stamp]) -> None:
+    """Build a store aside, under the lock of its key, then give it its name. The lock dies with its process.
 
-
-def _build(folder: Path, builder: StoreBuilder, sources: Sequence[Sequence[DataFile]]) -> None:
-    """Build a store aside, then give it its name; one that another process finished meanwhile is as good."""
+    A second process that wants the same store waits for the first.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not _is_complete(folder):
-            shutil.rmtree(folder)
-        aside = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        try:
-            builder.build(aside, sources)
-            aside.rename(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        for left_over in folder.parent.glob(f"{_UNFINISHED}*"):
+            _clear(left_over)
+        with _lock(folder.name):
+            if is_complete(folder):
+                return
+            aside = folder.parent / f"{_UNFINISHED}{folder.name}"
+            for old in (folder, aside):  # damaged, or left by a process that was killed
+                shutil.rmtree(old, ignore_errors=True)
+            aside.mkdir()
+            try:
+                builder.build(aside, sources)
+                _refuse_changed(sources, stamps)
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        if not _is_complete(folder):
-            raise DataError(
-                f"cannot write the cache of tokenised pairs in {folder.parent}: {error.strerror or error}",
-                hint="make room, or set SAMPO_CACHE to a folder that can be written",
-            ) from error
+        raise DataError(
+            f"cannot write the cache of tokenised pairs in {folder.parent}: {error.strerror or error}",
+            hint="make room, or set SAMPO_CACHE to a folder that can be written",
+        ) from error
+
+
+def _lock(key: str, timeout: float = -1) -> FileLock:
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"pairs-{key}", timeout=timeout)
+
+
+def _clear(unfinished: Path) -> None:
+    """Delete what a process that was killed left behind; one that is still at work holds the lock of its key."""
+    try:
+        with _lock(unfinished.name.removeprefix(_UNFINISHED), timeout=0):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except Timeout:
+        return
+
+
+def _refuse_changed(sources: Sequence[Sequence[DataFile]], stamps: Sequence[Stamp]) -> None:
+    """A file that was written to between its digest and its last row would be kept under the wrong key."""
+    for file, before in zip((file for source in sources for file in source), stamps, strict=True):
+        if stamp(file) != before:
+            raise DataError(f"{file.name}: it was written to while it was read", hint="run again when it is finished")

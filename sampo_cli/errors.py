@@ -89,6 +89,12 @@ class Interrupted(SampoError):
         self.exit_code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what Python, torch on a CPU and torch on a GPU raise where there is no room."""
+    no_room = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return no_room or type(error).__name__ == "OutOfMemoryError"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for a misspelt word, or an empty string where nothing is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -55,6 +55,11 @@ class Method:
     memory: Memory = "none"
 
     @property
+    def caches_reference(self) -> bool:
+        """True if log-probs of the response's tokens are all that is needed of the reference."""
+        return self.needs_reference and not self.needs_kl
+
+    @property
     def reductions(self) -> tuple[Reduction, ...]:
         """The reductions that have a meaning here."""
         return tuple(reduction for reduction in get_args(Reduction) if reduction not in self.refused)

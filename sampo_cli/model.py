@@ -187,7 +187,7 @@ def count_quantized(model: nn.Module) -> int:
 
 
 def load_policy(
-    config: ModelConfig, lora: LoraSection, *, seed: int, gradient_checkpointing: bool
+    config: ModelConfig, lora: LoraSection, *, seed: int, checkpointing: str = "all", offload: bool = False
 ) -> tuple[Policy, ModelFacts]:
     """Base, adapters, checkpointing and layout, ready to train."""
     device = pick_device()
@@ -200,9 +200,9 @@ def load_policy(
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = str(local_folder(config.name) or config.name)
         adapter.revision = config.revision
-    if gradient_checkpointing and base.supports_gradient_checkpointing:
+    if checkpointing != "none" and base.supports_gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, dtype=pick_dtype(config.dtype, device))
+    policy = Policy(model, dtype=pick_dtype(config.dtype, device), offload=offload)
     check_head(policy)
     reason = ""
     if config.layout == "auto":

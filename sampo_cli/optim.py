@@ -21,6 +21,15 @@ def make_optimizer(parameters: Sequence[Tensor], settings: TrainConfig, device: 
     return torch.optim.AdamW(parameters, **options)
 
 
+def rehearsal_optimizer(
+    parameters: Sequence[Tensor], settings: TrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """One that takes as much memory and moves nothing. Not paged: bitsandbytes never gives paged memory back."""
+    paged = settings.optimizer == "paged_adamw_8bit" or (settings.optimizer == "auto" and device.type == "cuda")
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "optimizer": "adamw_8bit" if paged else settings.optimizer}
+    return make_optimizer(parameters, settings.model_copy(update=still), device)
+
+
 def make_scheduler(
     optimizer: torch.optim.Optimizer, settings: TrainConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -65,6 +65,9 @@ def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
     refuse(method, resolved.method.model_dump())
     if resolved.iterations.count > 1 and not method.needs_reference:
         raise UsageError(f"iterations.count: {name} has no reference, so there is nothing to renew after a round")
+    if resolved.train.cache_reference == "on" and not method.caches_reference:
+        reason = "needs the whole vocabulary of the reference" if method.needs_kl else "has no reference"
+        raise UsageError(f"train.cache_reference: {name} {reason}", hint="leave it at auto")
     return resolved
 
 

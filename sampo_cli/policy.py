@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sampo_cli.activations import offloaded
 from sampo_cli.batch import PADDING, PROMPT, Draw, Layout, Pair, PairBatch, collate
 from sampo_cli.errors import ModelError
 from sampo_cli.logprobs import Head, token_kl, token_logps
@@ -61,12 +62,21 @@ class Policy(nn.Module):
         model: a `PeftModel` around a causal language model (or that model itself, without a reference).
         layout: how rows are laid out; `separate` for models that cannot take the mask of a shared row.
         dtype: compute dtype; matrix products run in it under autocast, so that float32 adapters cost no more.
+        offload: activations wait for backward in the CPU's memory.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, layout: Layout = "shared", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout = "shared",
+        dtype: torch.dtype = torch.float32,
+        *,
+        offload: bool = False,
+    ) -> None:
         super().__init__()
+        self.offload = offload
         self.model = model
         self.layout: Layout = layout
         self.dtype = dtype
@@ -106,7 +116,7 @@ class Policy(nn.Module):
 
         With the reference's hidden states [N, H], also KL(reference || policy) over the vocabulary, float32 [N].
         """
-        with self.autocast(batch):
+        with self.autocast(batch), offloaded(self.offload, self.model):
             hidden_NH = self.hidden(batch)
             logps_N = token_logps(hidden_NH, batch.targets, self.head())
             if reference_NH is None:

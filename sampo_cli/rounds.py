@@ -1,14 +1,18 @@
-"""Rounds of iterative training: how many steps each has, which pairs, and where its policy is kept."""
+"""Rounds of iterative training: how many steps each has, which pairs, and where its policy is kept.
+
+A run without iterations has one round.
+"""
 
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from sampo_cli.batch import steps_per_epoch
-from sampo_cli.config import IterationsConfig, TrainConfig
+from sampo_cli.batch import step_indices, steps_per_epoch
+from sampo_cli.config import IterationsConfig, Recipe, TrainConfig
 from sampo_cli.sampling import ROUNDS
 
 
@@ -28,3 +32,36 @@ def round_parts(train: list[int], iterations: IterationsConfig, seed: int) -> li
 def round_folder(run: Path, number: int) -> Path:
     """Where the policy at the end of round `number` (from 0) is kept: the reference of the next."""
     return run / "rounds" / f"round-{number + 1}"
+
+
+class Schedule:
+    """Which pairs each step of a run takes. Steps are counted from 0 over the whole run, rounds from 0 too.
+
+    Attributes:
+        parts: the pairs of each round, as indices.
+        ends: the step at which each round is over.
+        steps: of the whole run.
+    """
+
+    def __init__(self, train: list[int], recipe: Recipe) -> None:
+        self.settings = recipe.train
+        self.parts = round_parts(train, recipe.iterations, recipe.train.seed)
+        self.ends = list(accumulate(total_steps(recipe.train, len(part)) for part in self.parts))
+        self.steps = self.ends[-1]
+
+    def start(self, number: int) -> int:
+        """The first step of a round."""
+        return self.ends[number - 1] if number else 0
+
+    def steps_per_epoch(self, number: int) -> int:
+        return steps_per_epoch(len(self.parts[number]), self.settings.batch_pairs)
+
+    def repeats(self, number: int) -> bool:
+        """True if a round sees its pairs more than once."""
+        return self.ends[number] - self.start(number) > self.steps_per_epoch(number)
+
+    def pairs(self, step: int, number: int) -> tuple[list[int], int]:
+        """The pairs of a step of round `number`, as indices, and their epoch."""
+        part, settings = self.parts[number], self.settings
+        epoch, chosen = step_indices(len(part), settings.batch_pairs, settings.seed, step - self.start(number))
+        return [part[index] for index in chosen], epoch

@@ -30,6 +30,7 @@ from sampo_cli.trainer import Split, Trainer
 
 RESUMABLE_CHANGES = {
     *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
+    *("train.pairs_per_microbatch", "train.cache_reference", "train.checkpointing", "train.offload_activations"),
     "output.report_to",
 }
 
@@ -63,7 +64,11 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     the_plan = make_plan(recipe, view)
     settings = recipe.train
     policy, facts = load_policy(
-        recipe.model, recipe.lora, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing
+        recipe.model,
+        recipe.lora,
+        seed=settings.seed,
+        checkpointing=settings.checkpointing,
+        offload=settings.offload_activations,
     )
     recipe = what_was_loaded(recipe, facts, policy, view)
     tell_model(facts, recipe, view)
@@ -200,6 +205,7 @@ class Record:
             "adapter_step": evaluation["step"] if keeps_best and evaluation else progress.step,
             "evaluation": evaluation,
             "rounds": progress.rounds,
+            "tokens_per_microbatch": progress.tokens_per_microbatch,
             "generated": None,
             "versions": versions(),
             "device": facts.device,

@@ -6,7 +6,7 @@ Folders that are there whole or not at all are `checkpoint.py`'s; here is what g
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,38 @@ class Machinery:
     scaler: Any
 
 
+@dataclass
+class Progress:
+    """What a checkpoint restores beside weights and optimizer; `rounds`: the last evaluation of each that is over."""
+
+    step: int = 0
+    round: int = 0
+    rounds: list[dict[str, Any] | None] = field(default_factory=list)
+    rewards: dict[str, Any] | None = None
+    best: float | None = None
+    best_row: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None
+    zero_gradients: int = 0
+    tokens_per_microbatch: int | None = None
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    """torch's random generators, of the CPU and of the GPU in use."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
 def write_state(folder: Path, machinery: Machinery, progress: Mapping[str, Any], identity: Mapping[str, str]) -> None:
     """Adapter, optimizer, schedule, loss scaler, generators and `progress` (plain values) into `folder`."""
     save_adapter(machinery.policy, folder)
-    generators = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators["cuda"] = torch.cuda.get_rng_state()
     state = {
         "format": FORMAT,
         "identity": dict(identity),
@@ -44,7 +70,7 @@ def write_state(folder: Path, machinery: Machinery, progress: Mapping[str, Any],
         "optimizer": machinery.optimizer.state_dict(),
         "scheduler": machinery.scheduler.state_dict(),
         "scaler": machinery.scaler.state_dict() if machinery.scaler else None,
-        "generators": generators,
+        "generators": generator_states(),
     }
     torch.save(state, folder / STATE_FILE)
 
@@ -75,6 +101,4 @@ def put_back(state: Mapping[str, Any], folder: Path, machinery: Machinery) -> No
     set_rate(machinery.optimizer, machinery.scheduler)
     if machinery.scaler and state["scaler"]:
         machinery.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["generators"]["torch"])
-    if "cuda" in state["generators"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["generators"]["cuda"])
+    restore_generators(state["generators"])

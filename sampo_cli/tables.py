@@ -1,4 +1,4 @@
-"""What `sampo data` and `sampo push-to-hub --dry-run` print: tables and one pair token by token, on stdout."""
+"""What commands print on stdout: tables, and one pair token by token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sampo_cli.cache import Entry, cache_folder
 from sampo_cli.console import print_facts, stdout
 from sampo_cli.data_report import Summary, Token
 from sampo_cli.hub import PushPlan
@@ -121,3 +122,20 @@ def _defaults(method: Method) -> str:
     values = {**sections["method"], **sections.get("train", {})}
     shown = {key: value for key, value in values.items() if key != "reduction" and value}
     return ", ".join(f"{key} {value:g}" for key, value in shown.items())
+
+
+def print_cache(entries: Sequence[Entry]) -> None:
+    """A row an entry; what is unfinished or broken says so."""
+    if not entries:
+        stdout.print(f"nothing in {cache_folder()}", markup=False, soft_wrap=True)
+        return
+    table = Table("kind", "key", "MiB", "written (UTC)", "of", box=None, header_style="bold")
+    for entry in entries:
+        of = entry.of if entry.state == "whole" else f"{entry.of} ({entry.state})".strip()
+        mebibytes = f"{entry.bytes / 2**20:,.1f}"
+        table.add_row(
+            entry.kind, entry.key.lstrip(".")[:12], mebibytes, entry.written[:16].replace("T", " "), escape(of)
+        )
+    stdout.print(table)
+    total = sum(entry.bytes for entry in entries)
+    stdout.print(f"{total / 2**20:,.1f} MiB in {cache_folder()}", markup=False, soft_wrap=True)

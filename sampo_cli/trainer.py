@@ -9,47 +9,38 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from sampo_cli import checkpoint, metrics
-from sampo_cli.batch import Draw, Pair, PairBatch, collate, micro_batches, step_indices, steps_per_epoch
+from sampo_cli.batch import Draw, PairBatch, Pairs, row_positions
+from sampo_cli.budget import START_TOKENS, largest_that_fits, rehearse, worst_groups
+from sampo_cli.checks import check_gradient, check_reference
 from sampo_cli.config import Recipe
-from sampo_cli.errors import Interrupted, NumericsError
+from sampo_cli.errors import Interrupted
+from sampo_cli.feed import Feed
 from sampo_cli.lora import adopt_reference, save_adapter
 from sampo_cli.losses import LossOutput, PairScores, add_likelihood
 from sampo_cli.methods import Method
 from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
 from sampo_cli.policy import Policy, reference, score_against_reference
-from sampo_cli.rounds import round_folder, round_parts, total_steps
+from sampo_cli.reference import LARGER, find_or_build, key_parts, score_pairs
+from sampo_cli.rounds import Schedule, round_folder
 from sampo_cli.running import RewardMemory
 from sampo_cli.scores import Tally, pair_scores
 from sampo_cli.signals import StopRequest
-from sampo_cli.state import Machinery, load_state, put_back, write_state
+from sampo_cli.state import Machinery, Progress, load_state, put_back, write_state
 from sampo_cli.tracking import track
-
-STEP_0_TOLERANCE = 1e-3
-"""Nats per token by which policy and reference may differ before training; LoRA with B = 0 gives exactly 0."""
-
-DORA_TOLERANCE = 5e-2
-"""The same for DoRA, which multiplies by a norm over itself: 1 but for rounding in the compute dtype."""
-
-ZERO_GRADIENT_STEPS = 3
 
 LEAST_EVAL_EVERY = 10
 """Where the recipe says nothing: a short run is not to be all evaluation."""
-
-
-class Pairs(Protocol):
-    """Anything that gives pairs by index."""
-
-    def __getitem__(self, index: int) -> Pair: ...
 
 
 class View(Protocol):
@@ -71,20 +62,6 @@ class Split:
     train: list[int]
     evaluation: list[int]
     where: Callable[[int], str] = str
-
-
-@dataclass
-class Progress:
-    """What a checkpoint restores beside weights and optimizer; `rounds`: the last evaluation of each that is over."""
-
-    step: int = 0
-    round: int = 0
-    rounds: list[dict[str, Any] | None] = field(default_factory=list)
-    rewards: dict[str, Any] | None = None
-    best: float | None = None
-    best_row: dict[str, Any] | None = None
-    last_evaluation: dict[str, Any] | None = None
-    zero_gradients: int = 0
 
 
 class Trainer:
@@ -127,49 +104,38 @@ class Trainer:
         self.raw_policy = policy
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.policy = self.accelerator.prepare_model(policy, device_placement=False)
-        self.parts = round_parts(split.train, recipe.iterations, settings.seed)
-        self.round_ends = list(accumulate(total_steps(settings, len(part)) for part in self.parts))
-        self.steps = self.round_ends[-1]
+        self.schedule = Schedule(split.train, recipe)
+        self.steps = self.schedule.steps
         self.eval_every = settings.eval_every or max(LEAST_EVAL_EVERY, math.ceil(self.steps / 5))
         self.options = {name: getattr(recipe.method, name) for name in method.option_names}
         self.memory = RewardMemory(method.memory)
         self.progress = Progress()
+        device = self.accelerator.device
+        tokens = settings.tokens_per_microbatch or START_TOKENS[device.type]
+        self.feed = Feed(split.pairs, policy.layout, self.draw, device, tokens, settings.pairs_per_microbatch)
         self._prepare_optimizer()
 
     def _prepare_optimizer(self) -> None:
         """A new optimizer and schedule: of the round that begins, or of the whole run if it does not restart."""
-        settings, ends, number = self.recipe.train, self.round_ends, self.progress.round
-        restarts = self.recipe.iterations.schedule == "restart"
+        number, settings = self.progress.round, self.recipe.train
+        own = self.schedule.ends[number] - self.schedule.start(number)
         optimizer = make_optimizer(self.parameters, settings, self.accelerator.device)
-        self.scheduler = make_scheduler(
-            optimizer, settings, ends[number] - self.round_start if restarts else self.steps
-        )
+        restarts = self.recipe.iterations.schedule == "restart"
+        self.scheduler = make_scheduler(optimizer, settings, own if restarts else self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.machinery = Machinery(self.raw_policy, self.optimizer, self.scheduler, self.accelerator.scaler)
-
-    @property
-    def round_start(self) -> int:
-        """Steps that were taken before the present round."""
-        return self.round_ends[self.progress.round - 1] if self.progress.round else 0
 
     def draw(self, epoch: int) -> Draw:
         method, seed = self.recipe.method, self.recipe.train.seed
         assert method.reduction is not None, "resolve() fills the reduction"
         return Draw(method.reduction, seed, epoch, method.sampling, bool(method.sft_weight), method.draws)
 
-    def batches(self, indices: Iterable[int], epoch: int) -> Iterable[PairBatch]:
-        """The micro-batches of some pairs, on the device, longest first."""
-        pairs = [self.split.pairs[index] for index in indices]
-        layout = self.raw_policy.layout
-        for group in micro_batches(pairs, self.recipe.train.tokens_per_microbatch, layout):
-            yield collate(group, self.draw(epoch), layout).to(self.accelerator.device)
-
     def scores(self, batch: PairBatch) -> PairScores:
-        reference_logps = kl = None
+        reference_logps, kl = batch.reference_logps, None
         if self.method.needs_kl:
             policy_logps, reference_logps, kl = score_against_reference(self.policy, batch)
         else:
-            if self.method.needs_reference:
+            if self.method.needs_reference and reference_logps is None:
                 with reference(self.policy):
                     reference_logps = self.policy(batch)
             policy_logps = self.policy(batch)
@@ -179,18 +145,23 @@ class Trainer:
         out = self.method.loss(scores, **self.options, **self.memory.options())
         return add_likelihood(out, scores, self.recipe.method.sft_weight or 0.0)
 
+    def _backward(self, batch: PairBatch, pairs: int) -> tuple[PairScores, LossOutput]:
+        """Add a micro-batch's share of the mean loss over a step of `pairs` pairs to the gradient."""
+        scores = self.scores(batch)
+        out = self.loss(scores)
+        self.accelerator.backward(out.losses.sum() / pairs)
+        return scores, out
+
     def train_step(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One optimizer step over the pairs at `indices`, however many micro-batches that takes."""
         tally = Tally()
-        for batch in self.batches(indices, epoch):
-            scores = self.scores(batch)
-            out = self.loss(scores)
-            self.accelerator.backward(out.losses.sum() / len(indices))
-            tally.add(batch, scores, out)
+        for batch in self.feed.batches(indices, epoch):
+            tally.add(batch, *self._backward(batch, len(indices)))
         row = tally.row(self.split.where)
         row["learning_rate"] = self.scheduler.get_last_lr()[0]
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
-        self._check_gradient(norm, row["loss"])
+        scaled = self.accelerator.scaler is not None
+        self.progress.zero_gradients = check_gradient(norm, row["loss"], self.progress.zero_gradients, scaled=scaled)
         row["grad_norm"] = norm if math.isfinite(norm) else None  # float16's scaler skips such a step
         self.optimizer.step()
         self.scheduler.step()
@@ -198,53 +169,70 @@ class Trainer:
         self.memory.update(row["chosen_reward"], row["rejected_reward"], row["pairs"])
         return row
 
-    def _check_gradient(self, norm: float, loss: float) -> None:
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise NumericsError(f"the gradient's norm is {norm}", hint="lower train.learning_rate")
-        vanished = norm == 0 and loss > 0  # a hinge whose margins are all reached has no gradient, and no loss
-        self.progress.zero_gradients = self.progress.zero_gradients + 1 if vanished else 0
-        if self.progress.zero_gradients >= ZERO_GRADIENT_STEPS:
-            raise NumericsError(
-                f"the gradient was exactly 0 for {ZERO_GRADIENT_STEPS} steps: nothing is being trained",
-                hint="check lora.targets; a beta far too large saturates the loss",
-            )
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Metrics over the held-out pairs, whose positions are those of epoch 0 every time."""
         tally = Tally()
         self.policy.eval()
         try:
-            for batch in self.batches(self.split.evaluation, epoch=0):
+            for batch in self.feed.batches(self.split.evaluation, epoch=0):
                 scores = self.scores(batch)
                 tally.add(batch, scores, self.loss(scores))
         finally:
             self.policy.train()
         return {"kind": "eval", "step": self.progress.step, **tally.row(self.split.where)}
 
-    @torch.no_grad()
-    def check_reference(self) -> None:
-        """Before the first step the policy must be its reference: mean difference over a micro-batch's tokens.
+    def find_budget(self) -> None:
+        """Try the micro-batches that need most memory, and halve `feed.tokens` until they fit.
 
         Raises:
-            NumericsError: it is not, so rewards would compare two different models.
+            OutOfMemory: they do not, with the budget that the recipe gives or with one pair at a time.
         """
-        if not self.method.needs_reference:
-            return
-        batch = next(iter(self.batches(self.split.train[: self.recipe.train.batch_pairs], epoch=0)))
-        self.policy.train(self.recipe.lora.dropout == 0)  # as in training, unless dropout must make them differ
-        try:
-            with reference(self.policy):
-                before = self.policy(batch)
-            difference = (self.policy(batch) - before).abs().mean().item()
-        finally:
-            self.policy.train()
-        tolerance = DORA_TOLERANCE if self.recipe.lora.dora else STEP_0_TOLERANCE
-        if not difference < tolerance:
-            raise NumericsError(
-                f"before the first step, policy and reference differ by {difference:.3g} nats per token",
-                hint="the adapter or its initialisation changes the base; use lora.init=default",
+        settings, train = self.recipe.train, np.array(self.split.train)
+        widths = row_positions(self.split.pairs, self.raw_policy.layout)[train]
+        most_pairs = min(settings.pairs_per_microbatch or settings.batch_pairs, settings.batch_pairs)
+
+        def attempt(tokens: int) -> None:
+            for group in worst_groups(widths, tokens, most_pairs):
+                rehearse(partial(self._backward, self.feed.group(train[group].tolist()), 1), self.parameters, settings)
+
+        given = settings.tokens_per_microbatch
+        start = given or self.progress.tokens_per_microbatch or self.feed.tokens
+        tokens = largest_that_fits(start, int(widths.max()), attempt, halve=given is None)
+        if tokens != self.progress.tokens_per_microbatch:
+            found = "as given" if given else "found by trying the worst micro-batch of the run"
+            self.view.note(f"budget: at most {tokens:,} positions a forward pass, {found}")
+        self.feed.tokens = self.progress.tokens_per_microbatch = tokens
+
+    def prepare_reference(self, stop: object = False) -> None:
+        """Where the recipe wants it, take the reference's log-probs of this round from disk; work them out if need be.
+
+        Raises:
+            Interrupted: `stop` became true meanwhile.
+        """
+        setting, number = self.recipe.train.cache_reference, self.progress.round
+        wanted = setting == "on" or (setting == "auto" and self.schedule.repeats(number))
+        self.feed.reference = None
+        if wanted and self.method.caches_reference:
+            tokens = LARGER * self.feed.tokens
+            self.feed.reference = find_or_build(
+                key_parts(self.raw_policy, self.identity),
+                f"{self.recipe.model.name}{f', round {number + 1}' if number else ''}",
+                self.split.pairs,
+                sorted(self.split.train + self.split.evaluation),
+                lambda pairs: score_pairs(self.policy, pairs, tokens),
+                self.view.note,
+                stop,
             )
+
+    def begin_round(self, stop: StopRequest) -> None:
+        """What a round needs: a budget that fits, the reference's log-probs where they are kept, and that it is one."""
+        self.find_budget()
+        self.prepare_reference(stop)
+        number, lora = self.progress.round, self.recipe.lora
+        if self.method.needs_reference and self.progress.step == self.schedule.start(number):
+            batch = next(self.feed.batches(*self.schedule.pairs(self.progress.step, number)))
+            check_reference(self.policy, batch, dropout=lora.dropout > 0, rounded=lora.dora)
 
     def fit(self, stop: StopRequest) -> None:
         """Train from wherever `progress` stands to the last step, or until `stop`.
@@ -253,27 +241,30 @@ class Trainer:
             Interrupted: `stop` was set; the state is saved.
             NumericsError: see `train_step` and `check_reference`.
         """
-        settings = self.recipe.train
-        while self.progress.step < self.steps:
-            if self.progress.step == self.round_ends[self.progress.round]:
+        progress, schedule = self.progress, self.schedule
+        begun = False
+        while progress.step < self.steps:
+            if progress.step == schedule.ends[progress.round]:
                 self.next_round()
-            part, within = self.parts[self.progress.round], self.progress.step - self.round_start
-            if within == 0:
-                self.check_reference()
-            epoch, chosen = step_indices(len(part), settings.batch_pairs, settings.seed, within)
+                begun = False
+            if not begun:
+                self.begin_round(stop)
+                begun = True
+            indices, epoch = schedule.pairs(progress.step, progress.round)
+            if progress.step + 1 < schedule.ends[progress.round]:
+                self.feed.look_ahead(*schedule.pairs(progress.step + 1, progress.round))
             started = time.perf_counter()
-            row = self.train_step([part[index] for index in chosen], epoch)
-            self.progress.step += 1
+            row = self.train_step(indices, epoch)
+            progress.step += 1
             self._record_step(row, time.perf_counter() - started)
-            last = self.progress.step == self.steps
-            ends = self.progress.step in self.round_ends
-            if self.split.evaluation and (ends or self.progress.step % self.eval_every == 0):
+            last, ends = progress.step == self.steps, progress.step in schedule.ends
+            if self.split.evaluation and (ends or progress.step % self.eval_every == 0):
                 self._record_evaluation()
-            if last or stop or self.progress.step % settings.save_every == 0:
+            if ends or stop or progress.step % self.recipe.train.save_every == 0:
                 self.save()
             if stop and not last:
                 raise Interrupted(
-                    f"stopped after step {self.progress.step} of {self.steps}; everything so far is saved",
+                    f"stopped after step {progress.step} of {self.steps}; everything so far is saved",
                     hint=f"go on with: sampo train --resume {self.folder}",
                     terminated=stop.terminated,
                 )
@@ -291,11 +282,11 @@ class Trainer:
         if self.recipe.iterations.schedule == "restart":
             self._prepare_optimizer()
         self.view.note(
-            f"round {progress.round + 1} of {len(self.parts)}: the reference is now the policy of {kept.name}"
+            f"round {progress.round + 1} of {len(self.schedule.parts)}: the reference is now the policy of {kept.name}"
         )
 
     def _record_step(self, row: dict[str, Any], seconds: float) -> None:
-        per_epoch = steps_per_epoch(len(self.parts[self.progress.round]), self.recipe.train.batch_pairs)
+        per_epoch = self.schedule.steps_per_epoch(self.progress.round)
         row = {
             "kind": "train",
             "step": self.progress.step,

@@ -12,10 +12,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import typer.main
 
-from sampo_cli.cli import FLAGS, app
+from sampo_cli.cli import app
 from sampo_cli.config import Recipe
 from sampo_cli.errors import ExitCode, SampoError
 from sampo_cli.methods import METHODS
+from sampo_cli.options import FLAGS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 
@@ -51,7 +52,7 @@ METRICS = [
 ]
 
 ENVIRONMENT = [
-    ("SAMPO_CACHE", "where tokenised pairs are kept; `~/.cache/sampo` if unset"),
+    ("SAMPO_CACHE", "where tokenized pairs and references' log-probs are kept; `~/.cache/sampo` if unset"),
     ("HF_HUB_OFFLINE", "`1`: nothing is fetched; models and data sets come from the Hub's cache"),
     ("HF_ENDPOINT", "another address than huggingface.co"),
     ("HF_TOKEN", "token for gated models and for pushing; `hf auth login` stores one instead"),
@@ -88,8 +89,13 @@ def exit_codes() -> list[tuple[str, str, str]]:
 
 
 def commands() -> dict[str, Any]:
+    """Every command by its words, those of a group such as `cache list` too."""
     group: Any = typer.main.get_command(app)
-    return dict(group.commands)
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        parts = getattr(command, "commands", None)
+        found |= {f"{name} {part}": inner for part, inner in parts.items()} if parts else {name: command}
+    return found
 
 
 def value_of(annotation: Any) -> str:

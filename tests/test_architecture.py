@@ -12,16 +12,19 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in 
 
 # Floor by floor: a module may import from the floors above its own in this list, never from its own floor or below.
 FLOORS = [
-    {"errors", "sampling", "metrics", "citations", "running"},
-    {"config", "remote", "checkpoint", "batch", "logprobs", "formats", "console", "signals"},
-    {"fingerprint", "losses", "recipes", "policy", "optim", "rounds", "tracking", "sources", "special_tokens"},
-    {"adapter", "scores", "template", "generate", "methods"},
+    {"errors", "sampling", "metrics", "citations", "running", "activations"},
+    {"config", "remote", "checkpoint", "batch", "logprobs", "formats", "console", "signals", "cache"},
+    {"fingerprint", "losses", "recipes", "policy", "optim", "rounds", "tracking", "datafile", "special_tokens", "feed"},
+    {"adapter", "scores", "checks", "options", "template", "generate", "methods", "sources", "readers"},
     {"lora", "pair_builder", "card", "method_checks"},
     {"model", "data", "hub"},
     {"state", "data_report", "drift", "merge_plan"},
+    {"budget"},
+    {"reference"},
     {"trainer"},
     {"plan", "tables", "merge_write"},
     {"run", "merge"},
+    {"commands_train", "commands_data", "commands_share"},
     {"cli"},
 ]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from sampo_cli import cli, formats, metrics
+from sampo_cli import cli, formats, metrics, options
 from sampo_cli import run as runs
 from sampo_cli.config import Recipe, apply_settings, parse_yaml, put
 from sampo_cli.console import RunView
@@ -86,8 +86,8 @@ def test_every_command_is_one_that_the_program_takes(page: Path) -> None:
         parsed = command.make_context(name, list(rest), parent=context).params
         tree: dict[str, Any] = {"model": {"name": "m"}, "data": {"sources": ["d"]}}
         for flag, value in parsed.items():
-            if name == "train" and flag in cli.FLAGS and value:
-                put(tree, *cli.FLAGS[flag].split("."), list(value) if isinstance(value, tuple) else value)
+            if name == "train" and flag in options.FLAGS and value:
+                put(tree, *options.FLAGS[flag].split("."), list(value) if isinstance(value, tuple) else value)
         apply_settings(tree, parsed.get("settings") or [])
         assert resolve_recipe(tree).method.beta is not None, words
 

@@ -26,9 +26,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", ATTENTION)
 def test_a_fresh_adapter_is_its_reference_exactly(name: str, dtype: str, tmp_path: Path) -> None:
     folder = tiny.save_model(tiny.CONFIGS[name](), tmp_path / name)
-    policy, facts = load_policy(
-        ModelConfig(name=str(folder), dtype=dtype), LoraSection(), seed=0, gradient_checkpointing=True
-    )
+    policy, facts = load_policy(ModelConfig(name=str(folder), dtype=dtype), LoraSection(), seed=0)
     assert facts.device.startswith("cuda")
     assert facts.layout == "shared"
     batch = collate(make_pairs(), Draw("sum", 0, 0)).to(facts.device)

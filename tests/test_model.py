@@ -22,7 +22,7 @@ from tests.test_layout import make_pairs
 
 def load(folder: Path, quantization: str = "nf4", lora: LoraSection | None = None, **model: object) -> tuple:
     config = ModelConfig(name=str(folder), quantization=quantization, **model)
-    return load_policy(config, lora or LoraSection(), seed=1, gradient_checkpointing=True)
+    return load_policy(config, lora or LoraSection(), seed=1)
 
 
 def logps(policy: Policy) -> torch.Tensor:

@@ -55,7 +55,7 @@ def test_the_likelihood_is_of_the_whole_chosen_response(tiny_llama: Path, tmp_pa
     plain = make_trainer(make_recipe(tiny_llama, "dpo"), tmp_path / "plain")
     expected = []
     with torch.no_grad():
-        for batch in plain.batches(range(12), 0):
+        for batch in plain.feed.batches(range(12), 0):
             logps = plain.policy(batch)
             sums = torch.zeros(2 * batch.pairs).index_add(0, batch.owner, logps)[0::2]
             expected += (-sums / batch.lengths[0::2]).tolist()
@@ -68,7 +68,7 @@ def test_tdpo_sees_the_kl_that_the_vocabulary_gives(tiny_llama: Path, tmp_path: 
     for name, parameter in trainer.raw_policy.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
-    (batch,) = list(trainer.batches(range(2), 0))[:1]
+    (batch,) = list(trainer.feed.batches(range(2), 0))[:1]
     scores = trainer.scores(batch)
     model = trainer.raw_policy.causal_lm
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_two_rounds_equal_two_runs_joined_by_the_adapter(tiny_llama: Path, tmp_p
     assert losses[3] == pytest.approx(math.log(2), abs=1e-6)
     kept = (tmp_path / "joined" / "rounds" / "round-1" / "adapter_model.safetensors").read_bytes()
     assert kept == (tmp_path / "sft" / "adapter_model.safetensors").read_bytes()
-    (batch,) = list(joined.batches([0], 0))
+    (batch,) = list(joined.feed.batches([0], 0))
     with reference(joined.raw_policy):
         ours = joined.raw_policy(batch)
     with torch.no_grad():

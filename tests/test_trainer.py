@@ -21,6 +21,7 @@ from sampo_cli.model import load_policy
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.signals import StopRequest
 from sampo_cli.trainer import Split, Trainer
+from tests import tiny
 
 
 class Silent:
@@ -58,11 +59,12 @@ def make_recipe(folder: Path, name: str = "sampo", **sections: dict[str, Any]) -
 
 
 def make_trainer(recipe: Recipe, folder: Path, pairs: list[Pair] | None = None, held_out: int = 0) -> Trainer:
-    policy, _ = load_policy(recipe.model, recipe.lora, seed=recipe.train.seed, gradient_checkpointing=True)
+    policy, _ = load_policy(recipe.model, recipe.lora, seed=recipe.train.seed)
     pairs = pairs or make_pairs()
     folder.mkdir(exist_ok=True)
-    split = Split(pairs, list(range(held_out, len(pairs))), list(range(held_out)), "row {}".format)
-    return Trainer(policy, split, recipe, METHODS[recipe.method.name], folder, Silent())
+    split = Split(tiny.PairList(pairs), list(range(held_out, len(pairs))), list(range(held_out)), "row {}".format)
+    identity = {"the data": str(len(pairs)), "the base": recipe.model.name}
+    return Trainer(policy, split, recipe, METHODS[recipe.method.name], folder, Silent(), identity)
 
 
 def adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -104,7 +106,7 @@ def test_one_update_however_the_step_is_cut(
     for budget in (10_000, 160, 1):
         recipe = make_recipe(tiny_llama, method, train={"tokens_per_microbatch": budget, "learning_rate": 1e-3})
         trainer = make_trainer(recipe, tmp_path / f"run{budget}")
-        batches = list(trainer.batches(range(12), 0))
+        batches = list(trainer.feed.batches(range(12), 0))
         trainer.train_step(list(range(12)), epoch=0)
         row = trainer.train_step(list(range(12)), epoch=0)
         outcomes.append((len(batches), row["loss"], row["grad_norm"], adapter(trainer)))

@@ -59,7 +59,7 @@ def test_loss_and_gradient_equal_trls(
         if "lora_B.default" in name:
             parameter.data.normal_(0, 0.05)
     pairs = make_pairs()
-    batches = trainer.batches(range(len(pairs)), 0)
+    batches = trainer.feed.batches(range(len(pairs)), 0)
     losses = torch.cat([trainer.method.loss(trainer.scores(batch), **trainer.options).losses for batch in batches])
     ours, gradients = loss_and_gradients(policy, losses.mean())
 

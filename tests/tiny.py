@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -25,7 +26,22 @@ from transformers import (
     Qwen3Config,
 )
 
+from sampo_cli.batch import Pair
+
 VOCABULARY = 320
+
+
+class PairList(list[Pair]):
+    """Pairs in memory, with the ids and lengths that the trainer plans by."""
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        super().__init__(pairs)
+        self.pair_ids = np.array([pair.pair_id for pair in self])
+        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
+            np.array([len(getattr(pair, part)) for pair in self]) for part in ("prompt", "chosen", "rejected")
+        )
+
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -1,0 +1,55 @@
+"""Commands that make something of a finished run for others: `merge`, `push-to-hub`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sampo_cli import console
+from sampo_cli.options import RUN, Debug, Json, Quiet, option
+
+
+def merge(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder or an adapter's.")],
+    base: Annotated[Optional[str], option("--base", "The 16-bit base, if not the recorded one.", RUN)] = None,
+    output: Annotated[Optional[Path], option("--output", "Default: RUN/merged.", RUN, "DIR")] = None,
+    dtype: Annotated[str, option("--dtype", "bfloat16, float16 or float32.", RUN)] = "bfloat16",
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its 16-bit base: a plain model for vLLM, llama.cpp, transformers."""
+    from sampo_cli.merge import merge as merge_adapter
+
+    result = merge_adapter(source, base=base, output=output, dtype=dtype)
+    if as_json:
+        console.print_json(result.to_dict())
+    elif not quiet:
+        console.print_facts("merged", result.facts())
+
+
+def push_to_hub(
+    source: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a merged model.")],
+    repo: Annotated[str, option("--repo", "Where to: user/name.", RUN)],
+    merged: Annotated[bool, option("--merged", "The run's merged model instead of its adapter.", RUN)] = False,
+    public: Annotated[bool, option("--public", "Visible to everybody; private otherwise.", RUN)] = False,
+    dry_run: Annotated[bool, option("--dry-run", "List the files and show the card; send nothing.", RUN)] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish an adapter or a merged model with a card made from the run."""
+    from sampo_cli import hub
+
+    the_plan = hub.plan(source, repo=repo, merged=merged, public=public)
+    result = the_plan if dry_run else hub.push(the_plan)
+    if as_json:
+        console.print_json(result.to_dict())
+    elif dry_run:
+        from sampo_cli.tables import print_push_plan
+
+        print_push_plan(the_plan)
+    elif not quiet:
+        console.print_facts("published", result.to_dict())

@@ -1,0 +1,69 @@
+"""The command that everything is about: `sampo train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+from sampo_cli import console
+from sampo_cli.options import DATA, FLAGS, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, option, recipe_tree
+
+
+def train(
+    recipe: Annotated[Optional[str], option("--recipe", "A shipped recipe or a YAML file.", RUN, "NAME|PATH")] = None,
+    model: Annotated[Optional[str], option("--model", "Base model: a Hub name or a folder.", MODEL)] = None,
+    data: Annotated[Optional[list[str]], option("--data", "Pairs: Hub name, file, folder; repeatable.", DATA)] = None,
+    method: Annotated[
+        Optional[str], option("--method", "One of `sampo methods`; sampo if not given.", TRAINING)
+    ] = None,
+    output: Annotated[Optional[str], option("--output", "The run's folder.", RUN, "DIR")] = None,
+    adapter: Annotated[Optional[str], option("--adapter", "Go on from this LoRA adapter.", MODEL)] = None,
+    iterations: Annotated[Optional[int], option("--iterations", "Rounds with a renewed reference.", TRAINING)] = None,
+    epochs: Annotated[Optional[float], option("--epochs", "Passes over the pairs.", TRAINING)] = None,
+    max_steps: Annotated[Optional[int], option("--max-steps", "Optimizer steps, instead of epochs.", TRAINING)] = None,
+    learning_rate: Annotated[Optional[float], option("--learning-rate", "Peak learning rate.", TRAINING)] = None,
+    beta: Annotated[Optional[float], option("--beta", "Strength of the reference.", TRAINING)] = None,
+    batch_pairs: Annotated[Optional[int], option("--batch-pairs", "Pairs per optimizer step.", TRAINING)] = None,
+    max_length: Annotated[Optional[int], option("--max-length", "Tokens of prompt plus response.", DATA)] = None,
+    lora_r: Annotated[Optional[int], option("--lora-r", "Rank of the adapter.", MODEL)] = None,
+    lora_alpha: Annotated[Optional[int], option("--lora-alpha", "Scale of the adapter.", MODEL)] = None,
+    quantization: Annotated[Optional[str], option("--quantization", "Of the base.", MODEL, "nf4|int8|none")] = None,
+    eval_fraction: Annotated[Optional[float], option("--eval-fraction", "Share of pairs held out.", DATA)] = None,
+    save_every: Annotated[Optional[int], option("--save-every", "Steps between checkpoints.", RUN)] = None,
+    resume: Annotated[Optional[Path], option("--resume", "Go on with a run or from its checkpoint.", RUN)] = None,
+    seed: Annotated[Optional[int], option("--seed", "Of everything random.", TRAINING)] = None,
+    report_to: Annotated[
+        Optional[list[str]], option("--report-to", "tensorboard, wandb; repeatable.", RUN, "TRACKER")
+    ] = None,
+    cache_reference: Annotated[
+        Optional[str], option("--cache-reference", "Keep the reference's log-probs on disk.", TRAINING, "auto|on|off")
+    ] = None,
+    dry_run: Annotated[bool, option("--dry-run", "Say what would happen; load no weights.", RUN)] = False,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter on preference pairs.
+
+    sampo train --model meta-llama/Meta-Llama-3-8B-Instruct --data Intel/orca_dpo_pairs --method sampo
+    """
+    given = {name: value for name, value in locals().items() if name in FLAGS}
+    tree = recipe_tree(recipe, given, settings)
+    from sampo_cli import plan as plans
+    from sampo_cli import run as runs
+
+    if resume:
+        the_recipe, found = runs.resume(resume, tree)
+        folder = found.parent.parent
+    else:
+        the_recipe, found = plans.resolve_recipe(tree), None
+        folder = plans.new_folder(the_recipe)
+    with console.run_view(quiet=quiet) as view:
+        result = plans.dry_run(the_recipe, view, folder) if dry_run else runs.train(the_recipe, view, folder, found)
+    if as_json:
+        console.print_json(result)
+    elif dry_run:
+        console.print_facts("dry run", result)
+    elif not quiet:
+        console.print_summary(result, folder)

@@ -1,0 +1,69 @@
+"""A step's pairs as micro-batches on the device; those of the next step are put together while this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from sampo_cli.batch import Draw, Layout, Logps, Pair, PairBatch, Pairs, collate, micro_batches
+
+Step = tuple[int, tuple[int, ...]]
+
+
+class Feed:
+    """Cuts and lays out steps.
+
+    Args:
+        pairs: where the indices of a step point to.
+        layout: of the policy.
+        draw: how an epoch's scored tokens are chosen.
+        device: of the policy.
+        most_pairs: of one micro-batch, where that is limited.
+
+    Attributes:
+        tokens: most positions of a micro-batch.
+        reference: gives a pair's reference log-probs, if they are known beforehand.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        layout: Layout,
+        draw: Callable[[int], Draw],
+        device: torch.device,
+        tokens: int,
+        most_pairs: int | None,
+    ) -> None:
+        self.pairs, self.layout, self.draw, self.device = pairs, layout, draw, device
+        self.tokens, self.most_pairs = tokens, most_pairs
+        self.reference: Callable[[Pair], Logps] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._ahead: dict[Step, Future[list[PairBatch]]] = {}
+
+    def batches(self, indices: Sequence[int], epoch: int) -> Iterator[PairBatch]:
+        """The micro-batches of some pairs, on the device, longest first."""
+        step = (epoch, tuple(indices))
+        ahead = self._ahead.pop(step, None)
+        for batch in ahead.result() if ahead else self._make(step):
+            yield batch.to(self.device)
+
+    def look_ahead(self, indices: Sequence[int], epoch: int) -> None:
+        """Begin with a step that `batches` will be asked for soon."""
+        step = (epoch, tuple(indices))
+        self._ahead[step] = self._worker.submit(lambda: list(self._make(step)))
+
+    def group(self, indices: Sequence[int]) -> PairBatch:
+        """Some pairs as one micro-batch of epoch 0, whatever its size, on the device."""
+        return self._collate([self.pairs[index] for index in indices], 0).to(self.device)
+
+    def _make(self, step: Step) -> Iterator[PairBatch]:
+        epoch, indices = step
+        pairs = [self.pairs[index] for index in indices]
+        for group in micro_batches(pairs, self.tokens, self.layout, self.most_pairs):
+            yield self._collate(group, epoch)
+
+    def _collate(self, group: Sequence[Pair], epoch: int) -> PairBatch:
+        batch = collate(group, self.draw(epoch), self.layout, self.reference)
+        return batch.pinned() if self.device.type == "cuda" else batch
