@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sampo_cli.activations import Checkpointing, set_checkpointing
 from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.errors import ModelError, OutOfMemory
 from sampo_cli.fingerprint import weights_fingerprint
 from sampo_cli.lora import add_adapter, resume_adapter
-from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, check_head, find_layout, is_state_space
+from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, check_head, find_layout, is_state_space, use_pieces
 from sampo_cli.remote import fetch_model, first_line, local_folder
 
 NF4_BLOCK = 64
@@ -187,7 +188,7 @@ def count_quantized(model: nn.Module) -> int:
 
 
 def load_policy(
-    config: ModelConfig, lora: LoraSection, *, seed: int, checkpointing: str = "all", offload: bool = False
+    config: ModelConfig, lora: LoraSection, *, seed: int, checkpointing: Checkpointing = "all", offload: bool = False
 ) -> tuple[Policy, ModelFacts]:
     """Base, adapters, checkpointing and layout, ready to train."""
     device = pick_device()
@@ -200,8 +201,7 @@ def load_policy(
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = str(local_folder(config.name) or config.name)
         adapter.revision = config.revision
-    if checkpointing != "none" and base.supports_gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(base, checkpointing)
     policy = Policy(model, dtype=pick_dtype(config.dtype, device), offload=offload)
     check_head(policy)
     reason = ""
@@ -209,6 +209,7 @@ def load_policy(
         policy.layout, reason = find_layout(policy)
     else:
         policy.layout = config.layout
+    use_pieces(policy)
     return policy, describe(policy, config, reason, fingerprint)
 
 

@@ -19,6 +19,7 @@ from sampo_cli.activations import offloaded
 from sampo_cli.batch import PADDING, PROMPT, Draw, Layout, Pair, PairBatch, collate
 from sampo_cli.errors import ModelError
 from sampo_cli.logprobs import Head, token_kl, token_logps
+from sampo_cli.pair_attention import LEAST_POSITIONS, NAME, row_bounds
 
 REFERENCE_ADAPTER = "reference"
 POLICY_ADAPTER = "default"
@@ -63,6 +64,9 @@ class Policy(nn.Module):
         layout: how rows are laid out; `separate` for models that cannot take the mask of a shared row.
         dtype: compute dtype; matrix products run in it under autocast, so that float32 adapters cost no more.
         offload: activations wait for backward in the CPU's memory.
+
+    Attributes:
+        pieces_from: positions of a shared row from which on attention is computed in pieces, or None for never.
     """
 
     model: Any
@@ -77,6 +81,7 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.offload = offload
+        self.pieces_from: int | None = None
         self.model = model
         self.layout: Layout = layout
         self.dtype = dtype
@@ -128,9 +133,11 @@ class Policy(nn.Module):
 
     def hidden(self, batch: PairBatch) -> Tensor:
         """The hidden states that predict the scored tokens, [N, H]."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": self.masks(batch), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": self.masks(batch), "use_cache": False}
         if self.layout == "shared":
             inputs["position_ids"] = batch.position_ids
+            if self.pieces_from is not None and batch.input_ids.shape[1] >= self.pieces_from:
+                inputs["pair_bounds"] = row_bounds(batch.segments)
         hidden_RSH = self.causal_lm.base_model(**inputs).last_hidden_state
         return hidden_RSH.flatten(0, 1)[batch.positions]
 
@@ -254,3 +261,23 @@ def find_layout(policy: Policy) -> tuple[Layout, str]:
     if not difference < LEAK_TOLERANCE * leak:
         return "separate", f"its log-probs leak between the responses ({difference:.3g} against {leak:.3g})"
     return "shared", ""
+
+
+def use_pieces(policy: Policy) -> bool:
+    """Compute sdpa's attention over shared rows in pieces, if the loaded model then gives the same log-probs."""
+    causal_lm = policy.causal_lm
+    if policy.layout != "shared" or causal_lm.config._attn_implementation != "sdpa":
+        return False
+    row = _probe_batch(policy, "shared")
+    with _probing(policy, "shared"):
+        masked = policy(row)
+        causal_lm.set_attn_implementation(NAME)
+        policy.pieces_from = 0
+        try:
+            same = bool(((policy(row) - masked).abs().mean() < HEAD_TOLERANCE).item())
+        except TypeError:  # it does not take keywords for its attention
+            same = False
+    policy.pieces_from = LEAST_POSITIONS if same else None
+    if not same:
+        causal_lm.set_attn_implementation("sdpa")
+    return same
