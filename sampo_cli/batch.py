@@ -52,12 +52,15 @@ class Pair:
 class Pairs(Protocol):
     """Anything that gives pairs by index, and knows ids and lengths of all of them: int arrays [n]."""
 
-    pair_ids: NDArray[np.int64]
-    prompt_tokens: NDArray[np.int32]
-    chosen_tokens: NDArray[np.int32]
-    rejected_tokens: NDArray[np.int32]
-
     def __getitem__(self, index: int) -> Pair: ...
+    @property
+    def pair_ids(self) -> NDArray[np.int64]: ...
+    @property
+    def prompt_tokens(self) -> NDArray[np.int32]: ...
+    @property
+    def chosen_tokens(self) -> NDArray[np.int32]: ...
+    @property
+    def rejected_tokens(self) -> NDArray[np.int32]: ...
 
 
 def row_positions(pairs: Pairs, layout: Layout) -> NDArray[np.int64]:

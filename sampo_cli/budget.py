@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from traceback import clear_frames
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sampo_cli.checkpoint import all_checkpoints
 from sampo_cli.config import TrainConfig
 from sampo_cli.errors import OutOfMemory, is_out_of_memory
 from sampo_cli.optim import rehearsal_optimizer
+from sampo_cli.remote import first_line
+from sampo_cli.signals import resume_command
 from sampo_cli.state import generator_states, restore_generators
 
 START_TOKENS = {"cuda": 8192, "cpu": 4096}
@@ -69,6 +75,42 @@ def largest_that_fits(start: int, longest: int, attempt: Callable[[int], object]
                 raise OutOfMemory(f"not even one pair fits; the longest has {longest} positions", hint=HINT) from error
         release()
         tokens //= 2
+
+
+def find_budget(
+    widths: NDArray[np.int64],
+    start: int,
+    settings: TrainConfig,
+    backward: Callable[[list[int]], object],
+    parameters: Sequence[torch.Tensor],
+) -> int:
+    """Most positions of a micro-batch with which the worst of them fits, `start` or less.
+
+    Args:
+        widths: positions of each pair of the run, int64 [n].
+        backward: a forward and a backward pass of the pairs with these indices into `widths`.
+
+    Raises:
+        OutOfMemory: it does not fit, with the budget that `settings` give or with one pair at a time.
+    """
+    most_pairs = min(settings.pairs_per_microbatch or settings.batch_pairs, settings.batch_pairs)
+
+    def attempt(tokens: int) -> None:
+        for group in worst_groups(widths, tokens, most_pairs):
+            rehearse(partial(backward, group), parameters, settings)
+
+    return largest_that_fits(start, int(widths.max()), attempt, halve=settings.tokens_per_microbatch is None)
+
+
+def memory_advice(error: BaseException, run: Path, step: int, tokens: int) -> OutOfMemory:
+    """What to say where memory ran out after `step` although the trial before the first step fitted."""
+    clear_frames(error.__traceback__)  # what the failed pass held is free again
+    less = f"--set train.tokens_per_microbatch={max(tokens // 2, 1)}"
+    again = f"{resume_command(run)} {less}" if all_checkpoints(run) else f"the same command with {less}"
+    return OutOfMemory(
+        f"out of memory in step {step + 1}, with {tokens:,} positions a forward pass: {first_line(error)}",
+        hint=f"something else may have taken memory; what is saved is as it was. Go on with: {again}; or {HINT}",
+    )
 
 
 def rehearse(backward: Callable[[], object], parameters: Sequence[torch.Tensor], settings: TrainConfig) -> None:

@@ -19,6 +19,8 @@ import typer
 
 from sampo_cli import __version__, commands_data, commands_share, commands_train, console
 from sampo_cli.errors import ExitCode, OutOfMemory, SampoError, is_out_of_memory
+from sampo_cli.secrets_scan import mask
+from sampo_cli.trust import CONTROL
 
 app = typer.Typer(
     name="sampo",
@@ -65,6 +67,11 @@ def _known_failure(error: BaseException) -> SampoError:
     )
 
 
+def _fit_to_show(text: str) -> str:
+    """The text without secrets, and without what a terminal obeys: it may quote a file or a server."""
+    return "\n".join(CONTROL.sub("�", line) for line in mask(text).split("\n"))
+
+
 def _tame_libraries(*, debug: bool, bars: bool) -> None:
     """Their warnings only with --debug, their progress bars only on a terminal. Before any of them is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -86,8 +93,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         if "--debug" in words:
-            traceback.print_exc()
+            sys.stderr.write(_fit_to_show(traceback.format_exc()))
         failure = _known_failure(error)
+        failure.message, failure.hint = _fit_to_show(failure.message), failure.hint and _fit_to_show(failure.hint)
         console.show_error(failure)
         sys.exit(failure.exit_code)
     sys.exit(ExitCode.OK)

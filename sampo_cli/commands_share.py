@@ -16,6 +16,9 @@ def merge(
     base: Annotated[Optional[str], option("--base", "The 16-bit base, if not the recorded one.", RUN)] = None,
     output: Annotated[Optional[Path], option("--output", "Default: RUN/merged.", RUN, "DIR")] = None,
     dtype: Annotated[str, option("--dtype", "bfloat16, float16 or float32.", RUN)] = "bfloat16",
+    trust_remote_code: Annotated[
+        bool, option("--trust-remote-code", "Run Python code that comes with the base.", RUN)
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -23,7 +26,7 @@ def merge(
     """Merge an adapter into its 16-bit base: a plain model for vLLM, llama.cpp, transformers."""
     from sampo_cli.merge import merge as merge_adapter
 
-    result = merge_adapter(source, base=base, output=output, dtype=dtype)
+    result = merge_adapter(source, base=base, output=output, dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
         console.print_json(result.to_dict())
     elif not quiet:
@@ -41,10 +44,12 @@ def push_to_hub(
     debug: Debug = False,
 ) -> None:
     """Publish an adapter or a merged model with a card made from the run."""
-    from sampo_cli import hub
+    from sampo_cli import hub, upload
 
     the_plan = hub.plan(source, repo=repo, merged=merged, public=public)
-    result = the_plan if dry_run else hub.push(the_plan)
+    for warning in the_plan.warnings:
+        console.stderr.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    result = the_plan if dry_run else upload.push(the_plan)
     if as_json:
         console.print_json(result.to_dict())
     elif dry_run:

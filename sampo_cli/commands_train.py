@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 from sampo_cli import console
+from sampo_cli.errors import UsageError
 from sampo_cli.options import DATA, FLAGS, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, option, recipe_tree
 
 
@@ -39,6 +40,9 @@ def train(
         Optional[str], option("--cache-reference", "Keep the reference's log-probs on disk.", TRAINING, "auto|on|off")
     ] = None,
     dry_run: Annotated[bool, option("--dry-run", "Say what would happen; load no weights.", RUN)] = False,
+    gpu_memory: Annotated[
+        Optional[str], option("--gpu-memory", "With --dry-run: for a card of so much memory.", RUN, "24GB")
+    ] = None,
     settings: Set = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -52,7 +56,13 @@ def train(
     tree = recipe_tree(recipe, given, settings)
     from sampo_cli import plan as plans
     from sampo_cli import run as runs
+    from sampo_cli.dry_run import dry_run as plan_only
+    from sampo_cli.dry_run import parse_memory
+    from sampo_cli.tables import print_dry_run
 
+    if gpu_memory and not dry_run:
+        raise UsageError("--gpu-memory goes with --dry-run", hint="a run uses the device that is here")
+    memory = parse_memory(gpu_memory) if gpu_memory else None
     if resume:
         the_recipe, found = runs.resume(resume, tree)
         folder = found.parent.parent
@@ -60,10 +70,10 @@ def train(
         the_recipe, found = plans.resolve_recipe(tree), None
         folder = plans.new_folder(the_recipe)
     with console.run_view(quiet=quiet) as view:
-        result = plans.dry_run(the_recipe, view, folder) if dry_run else runs.train(the_recipe, view, folder, found)
+        result = plan_only(the_recipe, view, folder, memory) if dry_run else runs.train(the_recipe, view, folder, found)
     if as_json:
         console.print_json(result)
     elif dry_run:
-        console.print_facts("dry run", result)
+        print_dry_run(result)
     elif not quiet:
         console.print_summary(result, folder)

@@ -7,7 +7,6 @@ methods' defaults are handed to `resolve`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sampo_cli.errors import UsageError, nearest
+from sampo_cli.plain_yaml import parse_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -128,6 +128,10 @@ class TrainConfig(Section):
     )
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Older checkpoints are deleted.")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A step whose loss or gradient is not finite ends the run, or changes nothing and counts."
+    )
+    nonfinite_limit: Positive = Field(5, description="Skipped steps in a row after which a run stops all the same.")
     seed: int = Field(42, ge=0, description="Of the split, the order, the sampled positions and the adapter.")
 
     @field_validator("cache_reference", mode="before")
@@ -170,27 +174,15 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as a string; this reads it as the number that everybody means."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise UsageError(f"{place}: not YAML: {getattr(error, 'problem', error)}") from error
+MOST_BYTES = 2**20
+"""Of a recipe's file."""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe file as nested dictionaries, not yet checked."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UsageError(f"recipe {path}: larger than {MOST_BYTES // 2**20} MiB, which no recipe is")
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path}: {error}") from error
@@ -244,7 +236,7 @@ def _problem(detail: Any) -> str:
     if detail["type"] == "missing":
         missing = {"model": "model.name", "data": "data.sources"}.get(path, path)
         return f"{missing}: missing; give {_FLAG_OF.get(missing, 'it')} or set it in a recipe"
-    return f"{path}: {detail['msg'].lower()} (got {detail['input']!r})"
+    return f"{path}: {detail['msg'].lower()} (got {repr(detail['input'])[:200]})"
 
 
 def resolve(recipe: Recipe, defaults: Mapping[str, Mapping[str, Any]]) -> Recipe:

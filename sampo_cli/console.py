@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +17,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sampo_cli.errors import Interrupted, SampoError
 
-stderr = Console(stderr=True, highlight=False)
+
+class _Talk(Console):
+    """Talk never ends a run: where nobody listens any more (a closed terminal, a pipe to `head`), it goes nowhere."""
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or Python's own last flush fails at the exit
+
+
+stderr = _Talk(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 
 
@@ -72,17 +88,21 @@ class RunView:
     def __init__(self, *, quiet: bool = False, live: bool = False) -> None:
         self.quiet = quiet
         self.steps = 0
-        self._log: TextIO | None = None
+        self._log: BinaryIO | None = None
+        self._logs = True
         self._unlogged: list[str] = []
         self._progress = _progress_bar() if live and not quiet else None
         self._task: Any = None
 
     def _write(self, line: str) -> None:
         if self._log is None:
-            self._unlogged.append(line)
-        else:
-            self._log.write(line + "\n")
-            self._log.flush()
+            self._unlogged.append(line) if self._logs else None
+            return
+        try:
+            self._log.write((line + "\n").encode("utf-8", "replace"))
+        except OSError as error:
+            name, self._log, self._logs = self._log.name, None, False
+            self.note(f"warning: {name} cannot be written any more: {error.strerror}; the run goes on")
 
     def note(self, text: str) -> None:
         self._write(text)
@@ -91,10 +111,10 @@ class RunView:
 
     def begin(self, folder: Path, steps: int, done: int) -> None:
         self.steps = steps
-        self._log = (folder / "run.log").open("a", encoding="utf-8")
-        for line in self._unlogged:
+        self._log = (folder / "run.log").open("ab", buffering=0)
+        before, self._unlogged = self._unlogged, []
+        for line in before:
             self._write(line)
-        self._unlogged.clear()
         self.note(f"training {steps - done} steps into {folder}")
         if self._progress:
             self._progress.start()

@@ -21,6 +21,7 @@ from sampo_cli.errors import SampoError
 from sampo_cli.fingerprint import read_header, weight_files
 from sampo_cli.model import context_length, load_base, load_config, pick_device
 from sampo_cli.remote import first_line
+from sampo_cli.trust import does_not_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,10 @@ def compare_with_live(
     context = context_length(architecture)
     if texts is None:
         recipe = adapters[-1].folder.parent / "recipe.yaml"
-        chosen, kind = _own_texts(recipe, base, merged, pairs, context)
+        try:
+            chosen, kind = _own_texts(recipe, base, merged, pairs, context, trust_remote_code=trust_remote_code)
+        except SampoError as error:
+            return None, error.message
     else:
         chosen, kind = [Text(ids) for ids in texts], "given texts"
     chosen = [_cut(text, min(MAX_TOKENS, context or MAX_TOKENS)) for text in chosen]
@@ -172,15 +176,17 @@ def token_logps(model: Any, text: Text) -> Tensor:
     return torch.cat(chunks).cpu()
 
 
-def _own_texts(recipe: Path, base: Path, merged: Path, count: int, context: int | None) -> tuple[list[Text], str]:
+def _own_texts(
+    recipe: Path, base: Path, merged: Path, count: int, context: int | None, *, trust_remote_code: bool
+) -> tuple[list[Text], str]:
     """What to compare on where nothing is given, and its name: the run's pairs, or sentences."""
     kind = "sentences"
     if recipe.is_file():
         try:
-            return _pair_texts(recipe, base, count, context), "pairs of the run"
+            return _pair_texts(recipe, base, count, context, trust_remote_code), "pairs of the run"
         except SampoError as error:
             kind = f"sentences, since the run's pairs cannot be read: {error.message}"
-    return _sentence_texts(merged, count), kind
+    return _sentence_texts(merged, count, trust_remote_code), kind
 
 
 def _cut(text: Text, longest: int) -> Text:
@@ -189,7 +195,7 @@ def _cut(text: Text, longest: int) -> Text:
     return Text(list(text.ids)[dropped:], max(1, text.start - dropped))
 
 
-def _pair_texts(recipe: Path, base: Path, count: int, context: int | None) -> list[Text]:
+def _pair_texts(recipe: Path, base: Path, count: int, context: int | None, trust_remote_code: bool) -> list[Text]:
     """Prompt with chosen and prompt with rejected of the run's first pairs; the responses are scored.
 
     With the base's tokenizer, as in the run, so that the pairs are found in the cache.
@@ -198,7 +204,8 @@ def _pair_texts(recipe: Path, base: Path, count: int, context: int | None) -> li
     from sampo_cli.template import load_tokenizer
 
     config = validate(read_recipe(recipe))
-    tokenizer = load_tokenizer(config.model.model_copy(update={"name": str(base), "revision": None}), config.data)
+    model = ModelConfig(name=str(base), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, config.data)
     dataset = prepare(config.data, tokenizer, context=context)
     chosen = [dataset[index] for index in range(min(count, len(dataset)))]
     return [
@@ -208,10 +215,15 @@ def _pair_texts(recipe: Path, base: Path, count: int, context: int | None) -> li
     ]
 
 
-def _sentence_texts(merged: Path, count: int) -> list[Text]:
+def _sentence_texts(merged: Path, count: int, trust_remote_code: bool) -> list[Text]:
     if not any((merged / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return []
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(merged)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(merged, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the tokenizer's own files make transformers raise
+        hint = "only the comparison with the live model needs it"
+        what, trusted = "the merged model's tokenizer", trust_remote_code
+        raise does_not_load(what, merged, first_line(error), hint, trusted=trusted) from error
     return [Text(tokenizer(sentence).input_ids) for sentence in SENTENCES[:count]]

@@ -6,6 +6,7 @@ Nothing here prints or exits; only `cli.py` does.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -21,6 +22,7 @@ class ExitCode(IntEnum):
     MEMORY = 5
     NUMERICS = 6
     HUB = 7
+    HANGUP = 129
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -81,18 +83,22 @@ class Interrupted(SampoError):
     """The run was asked to stop and has saved itself.
 
     Args:
-        terminated: True for SIGTERM, False for Ctrl-C.
+        exit_code: 128 plus the signal that asked.
     """
 
-    def __init__(self, message: str, *, hint: str | None = None, terminated: bool = False) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: ExitCode = ExitCode.INTERRUPTED) -> None:
         super().__init__(message, hint=hint)
-        self.exit_code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
+        self.exit_code = exit_code
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for what Python, torch on a CPU and torch on a GPU raise where there is no room."""
-    no_room = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-    return no_room or type(error).__name__ == "OutOfMemoryError"
+    """True for what Python, torch on a CPU, torch on a GPU and the system raise where there is no room."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    texts = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")  # the last is oneDNN's
+    return any(text in str(error) for text in texts)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 from sampo_cli.batch import Draw, Layout, Logps, Pair, PairBatch, Pairs, collate, micro_batches
 
 Step = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The pairs, and which of them train and which are held out (indices into `pairs`).
+
+    `where` names the row that a pair id came from, for messages.
+    """
+
+    pairs: Pairs
+    train: list[int]
+    evaluation: list[int]
+    where: Callable[[int], str] = str
 
 
 class Feed:

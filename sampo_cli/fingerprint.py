@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SAMPLE_BYTES = 4096
 ARCHITECTURE = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")
 
 _HEADER_LIMIT = 100_000_000
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}", hint="copy or download the folder again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: expected a JSON object", hint="copy or download the folder again")
@@ -63,7 +65,8 @@ def weight_files(folder: Path) -> list[Path]:
     Files beside them, such as `consolidated.safetensors`, do not count.
 
     Raises:
-        ModelError: there are none, or a shard of the index is missing.
+        ModelError: there are none, a shard of the index is missing, or the index names something else than a
+            safetensors file beside it.
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
@@ -75,6 +78,12 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{folder / INDEX_FILE}: no 'weight_map'", hint="copy or download the folder again")
+    foreign = [name for name in weight_map.values() if not isinstance(name, str) or not _SHARD.fullmatch(name)]
+    if foreign:
+        raise ModelError(
+            f"{folder / INDEX_FILE}: {str(foreign[0])[:100]!r} is no safetensors file beside it",
+            hint="do not use this model: its index leads elsewhere, or to pickled weights, which can run code",
+        )
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -95,19 +104,23 @@ def read_header(path: Path) -> list[StoredTensor]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < _HEADER_LIMIT else None
-    except (OSError, ValueError, struct.error) as error:
+            header: Any = json.loads(file.read(length)) if length < _HEADER_LIMIT else None
+        header.pop("__metadata__", None)
+        tensors = [_stored(name, entry, 8 + length) for name, entry in header.items()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         raise broken from error
-    if not isinstance(header, dict):
-        raise broken
-    header.pop("__metadata__", None)
-    tensors = [
-        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
-        for name, entry in header.items()
-    ]
     if max((tensor.end for tensor in tensors), default=0) > path.stat().st_size:
         raise broken
     return sorted(tensors, key=lambda tensor: (tensor.begin, tensor.name))
+
+
+def _stored(name: str, entry: dict[str, Any], start: int) -> StoredTensor:
+    """One entry of a header; `start` is where the data begins. Raises ValueError, TypeError or KeyError."""
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    sound = isinstance(entry["dtype"], str) and all(type(number) is int for number in (begin, end, *shape))
+    if not sound or not name.isprintable() or not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(name)
+    return StoredTensor(name, entry["dtype"], tuple(shape), start + begin, start + end)
 
 
 def _samples(file: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:

@@ -50,13 +50,18 @@ class Unusable(Exception):
 
     Attributes:
         reason: a short stable string, what is counted.
-        detail: more about this row, for an error message; may be empty.
+        detail: more about this row, for an error message; may be empty. Printable, whatever the row had in it.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
-        self.detail = detail
+        self.detail = printable(detail)
+        super().__init__(f"{reason}: {self.detail}" if detail else reason)
+
+
+def printable(text: str) -> str:
+    """A text that a stranger wrote, fit for a message: one line, nothing that a terminal obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,11 @@ def read_row(row: object, columns: Mapping[Role, str] | None = None) -> Conversa
     return _checked(prompt, answers[0], answers[1])
 
 
+def known_columns(columns: Mapping[Role, str]) -> frozenset[str]:
+    """Every column that `read_row` looks at; what is in the others does not matter."""
+    return frozenset((*_PROMPTS, *_SYSTEMS, *(name for names in _RESPONSES for name in names), *columns.values()))
+
+
 def _renamed(row: Mapping[Any, Any], columns: Mapping[Role, str]) -> dict[str, Any]:
     fields = {str(key): value for key, value in row.items()}
     for column in columns.values():
@@ -113,10 +123,11 @@ def _renamed(row: Mapping[Any, Any], columns: Mapping[Role, str]) -> dict[str, A
 
 
 def _responses(fields: Mapping[str, Any]) -> tuple[Any, Any]:
-    for names in _RESPONSES:
-        if all(name in fields for name in names):
-            return fields[names[0]], fields[names[1]]
-    raise Unusable(NOT_RECOGNISED)
+    there = [(fields[a], fields[b]) for a, b in _RESPONSES if a in fields and b in fields]
+    if not there:
+        raise Unusable(NOT_RECOGNISED)
+    filled = (pair for pair in there if pair != (None, None))  # in a table of mixed rows, every row has all columns
+    return next(filled, there[0])
 
 
 def _is_transcript(value: object) -> bool:
@@ -126,14 +137,13 @@ def _is_transcript(value: object) -> bool:
 def _transcript(text: str) -> list[Message]:
     """An HH-RLHF transcript as messages; what a speaker says in several turns in a row is one."""
     _, *parts = _TRANSCRIPT_TURN.split(text)
-    turns: list[Message] = []
+    turns: list[tuple[str, list[str]]] = []
     for speaker, part in zip(parts[::2], parts[1::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + part.strip()
-        else:
-            turns.append({"role": role, "content": part.strip()})
-    return turns
+        if not turns or turns[-1][0] != role:
+            turns.append((role, []))
+        turns[-1][1].append(part.strip())
+    return [{"role": role, "content": "\n\n".join(said)} for role, said in turns]
 
 
 def _turns(value: object, speaker: str) -> list[Message]:
@@ -152,13 +162,18 @@ def _turns(value: object, speaker: str) -> list[Message]:
 def _message(value: object) -> Message:
     if not isinstance(value, Mapping):
         raise Unusable("not text", f"a message is {type(value).__name__}")
-    speaker = value.get("role", value.get("from"))
+    speaker = _either(value, "role", "from")
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise Unusable("unknown role", str(speaker)[:40])
+        raise Unusable("unknown role", speaker[:40] if isinstance(speaker, str) else type(speaker).__name__)
     if value.get("tool_calls"):
         raise Unusable("not text", "a message with tool calls")
-    return {"role": role, "content": _text(value.get("content", value.get("value")))}
+    return {"role": role, "content": _text(_either(value, "content", "value"))}
+
+
+def _either(value: Mapping[str, Any], name: str, other: str) -> Any:
+    """The field of the one name or the other; a null is none, as Parquet fills up what other rows have."""
+    return value.get(other) if value.get(name) is None else value[name]
 
 
 def _text(content: object) -> str:
@@ -166,7 +181,7 @@ def _text(content: object) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
-        texts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
+        texts = [part.get("text") if part.get("type") in (None, "text") else None for part in content]
         if all(isinstance(text, str) for text in texts):
             return "".join(str(text) for text in texts)
     raise Unusable("not text", type(content).__name__)

@@ -14,8 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 2**25
-"""Logits computed at a time: 128 MiB in float32."""
+CPU_CHUNK = 2**22
+"""Logits computed at a time on a CPU: 16 MiB in float32, so that they stay in its cache."""
+
+CUDA_CHUNK_SHARE = 2**10
+"""On a GPU one logit is computed at a time for so many bytes of its memory; what is done with it takes 10 or so."""
+
+LEAST_ROWS = 128
+"""Tokens computed at a time at least: with fewer, reading the head's weights takes longer than multiplying by them."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +41,34 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """float32 [N, V]."""
+        """float32 [N, V]; without a gradient."""
         logits_NV = torch.nn.functional.linear(hidden_NH.to(self.weight.dtype), self.weight, self.bias).float()
         if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
+            logits_NV.mul_(self.scale)
         if self.softcap is not None:
-            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
 
-    def pull_back(self, grad_NV: Tensor, slope: Tensor | float) -> Tensor:
-        """A gradient with respect to logits as one with respect to hidden states, [N, H] in the weight's dtype."""
-        return (grad_NV * slope).to(self.weight.dtype) @ self.weight
+    def slope(self, logits_NV: Tensor) -> Tensor | None:
+        """What soft-capping multiplies a gradient by, [N, V]; None without it."""
+        return None if self.softcap is None else 1 - (logits_NV / self.softcap) ** 2
 
-    def slope(self, logits_NV: Tensor) -> Tensor | float:
-        """d logits / d (hidden @ weight.T): a number, or [N, V] under soft-capping."""
-        return self.scale if self.softcap is None else self.scale * (1 - (logits_NV / self.softcap) ** 2)
+    def pull_back(self, grad_NV: Tensor, slope_NV: Tensor | None) -> Tensor:
+        """A gradient with respect to logits as one with respect to hidden states, [N, H] in the weight's dtype."""
+        if slope_NV is not None:
+            grad_NV = grad_NV * slope_NV
+        return grad_NV.to(self.weight.dtype) @ self.weight * self.scale
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """How many tokens' logits are computed at a time.
+
+    Of a GPU's whole memory and not of what is free, as the last bits of a log-prob depend on it.
+    """
+    logits = CPU_CHUNK
+    if device.type == "cuda":
+        logits = torch.cuda.get_device_properties(device).total_memory // CUDA_CHUNK_SHARE
+    return max(LEAST_ROWS, logits // vocabulary)
 
 
 # What a chunk of scored tokens gives: a value per token, and its gradient by the hidden state if that is asked for.
@@ -61,7 +80,7 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, vocabulary: int, score: Score) -> Tensor:
-        rows = max(1, CHUNK_LOGITS // vocabulary)
+        rows = chunk_rows(vocabulary, hidden_NH.device)
         chunks = [slice(start, start + rows) for start in range(0, len(hidden_NH), rows)]
         parts = [score(hidden_NH[chunk], chunk, ctx.needs_input_grad[0]) for chunk in chunks]
         gradients = [gradient for _, gradient in parts if gradient is not None]
@@ -79,15 +98,18 @@ def token_logps(hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     """log p(target | hidden) of each scored token: float32 [N] from hidden states [N, H] and token ids [N]."""
 
     def score(hidden: Tensor, chunk: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        targets, logits = targets_N[chunk], head.logits(hidden)
-        normalizer = logits.logsumexp(-1)
-        logps = logits.gather(1, targets[:, None])[:, 0] - normalizer
+        targets, logits = targets_N[chunk, None], head.logits(hidden)
+        slope = head.slope(logits) if with_gradient else None
+        peak = logits.amax(-1, keepdim=True)
+        target_logits = logits.gather(1, targets) - peak
+        # In place from here on: a further [rows, V] would cost more than what is done with it.
+        exps = logits.sub_(peak).exp_()
+        total = exps.sum(-1, keepdim=True)
+        logps = (target_logits - total.log())[:, 0]
         if not with_gradient:
             return logps, None
-        slope = head.slope(logits)
-        grad = logits.sub_(normalizer[:, None]).exp_().neg_()  # onehot(target) - softmax(logits)
-        grad[torch.arange(len(targets), device=targets.device), targets] += 1
-        return logps, head.pull_back(grad, slope)
+        grad = exps.div_(total).scatter_add_(1, targets, torch.full_like(total, -1.0))  # softmax - onehot(target)
+        return logps, head.pull_back(grad, slope).neg_()
 
     return _InChunks.apply(hidden_NH, head.weight.shape[0], score)
 

@@ -6,6 +6,7 @@ Adapter weights are float32. Nothing here reaches for the network once a run has
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sampo_cli.adapter import CONFIG_FILE, KEEPS_BASE, RECORD_FILE, WEIGHTS_FILE
+from sampo_cli.adapter import CONFIG_FILE, KEEPS_BASE, RECORD_FILE, WEIGHTS_FILE, read_adapter, read_tensors
 from sampo_cli.config import LoraSection
 from sampo_cli.errors import ModelError
 from sampo_cli.fingerprint import read_json
@@ -65,36 +66,47 @@ def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) 
 
     folder = fetch(name, "model", revision=None, patterns=ADAPTER_FILES)
     folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).is_file() else folder
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise ModelError(f"adapter '{name}': no {file} in {folder}", hint="give a run's folder or an adapter's")
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"adapter '{name}': no {CONFIG_FILE} in {folder}", hint="give a run's folder or an adapter's")
+    _refuse_moving_reference(name, read_json(folder / CONFIG_FILE))
+    record = read_adapter(folder).record  # refuses whatever else is more than plain LoRA
     if record.get("base_fingerprint", base_fingerprint) != base_fingerprint:
         raise ModelError(
             f"adapter '{name}' was trained on '{record.get('base_model')}', and the base given has other weights",
             hint="give --model the model that it was trained on",
         )
-    settings = read_json(folder / CONFIG_FILE)
-    for key, allowed in (("bias", ("none", None)), ("modules_to_save", ([], None)), ("peft_type", ("LORA",))):
-        if settings.get(key) not in allowed:
-            raise ModelError(
-                f"adapter '{name}': {key}={settings[key]!r} trains more than LoRA, which would move the reference",
-                hint="go on from a LoRA adapter with bias='none' and no modules_to_save",
-            )
-    if settings.get("init_lora_weights") not in KEEPS_BASE:
-        raise ModelError(
-            f"adapter '{name}': init_lora_weights={settings['init_lora_weights']!r} changes the base on loading",
-            hint="convert it to a plain LoRA adapter with PEFT first",
-        )
     try:
         model = PeftModel.from_pretrained(base, folder, adapter_name=POLICY_ADAPTER, is_trainable=True)
         model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, re.error) as error:
         raise ModelError(f"adapter '{name}' does not fit the base: {first_line(error)}") from error
     model.set_adapter(POLICY_ADAPTER)
     model.peft_config[POLICY_ADAPTER].lora_dropout = dropout
     _set_dropout(model, {REFERENCE_ADAPTER: 0.0, POLICY_ADAPTER: dropout})
     return model
+
+
+def _refuse_moving_reference(name: str, settings: Mapping[str, Any]) -> None:
+    """Stop at settings with which a frozen copy of the adapter would not undo what the adapter does to the base."""
+    plain = {
+        "bias": ("none", None),
+        "modules_to_save": ([], None),
+        "peft_type": ("LORA",),
+        "task_type": ("CAUSAL_LM", None),
+    }
+    for key, allowed in plain.items():
+        value = settings.get(key)
+        if value not in allowed:
+            raise ModelError(
+                f"adapter '{name}': {key}={repr(value)[:100]} trains more than LoRA, which would move the reference",
+                hint="go on from a LoRA adapter with bias='none' and no modules_to_save",
+            )
+    init = settings.get("init_lora_weights")
+    if init not in KEEPS_BASE:
+        raise ModelError(
+            f"adapter '{name}': init_lora_weights={repr(init)[:100]} changes the base on loading",
+            hint="convert it to a plain LoRA adapter with PEFT first",
+        )
 
 
 def _set_dropout(model: Any, rates: Mapping[str, float]) -> None:
@@ -106,13 +118,17 @@ def _set_dropout(model: Any, rates: Mapping[str, float]) -> None:
 
 
 def adopt_reference(policy: Policy, folder: Path) -> None:
-    """Make the adapter saved in `folder` the frozen reference, in place of whatever was; the policy stays active."""
+    """Make the adapter saved in `folder` the frozen reference, in place of whatever was; the policy stays active.
+
+    Raises:
+        ModelError: there is no plain LoRA adapter in safetensors.
+    """
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     model = policy.model
+    read_adapter(folder)
     if REFERENCE_ADAPTER in model.peft_config:
-        set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE), adapter_name=REFERENCE_ADAPTER)
+        set_peft_model_state_dict(model, read_tensors(folder), adapter_name=REFERENCE_ADAPTER)
         return
     model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
     model.set_adapter(POLICY_ADAPTER)
@@ -148,8 +164,7 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 def load_adapter_weights(policy: Policy, folder: Path) -> None:
     """Overwrite the policy's adapter with the one saved in `folder`."""
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    outcome = set_peft_model_state_dict(policy.model, load_file(folder / WEIGHTS_FILE), adapter_name=POLICY_ADAPTER)
+    outcome = set_peft_model_state_dict(policy.model, read_tensors(folder), adapter_name=POLICY_ADAPTER)
     if outcome.unexpected_keys:
         raise ModelError(f"the adapter in {folder} does not fit: {outcome.unexpected_keys[0]} is not in the model")

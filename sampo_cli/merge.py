@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sampo_cli.checkpoint import whole_folder
 from sampo_cli.errors import HubError, ModelError, SampoError, UsageError
 from sampo_cli.fingerprint import read_header, read_json, weight_files, weights_fingerprint
+from sampo_cli.trust import check_consent
 
 if TYPE_CHECKING:
     from sampo_cli.adapter import Adapter
@@ -75,6 +76,7 @@ def merge(
     dtype: str = "bfloat16",
     check_pairs: int = 4,
     texts: Sequence[Sequence[int]] | None = None,
+    trust_remote_code: bool = False,
 ) -> MergeResult:
     """Merge a run's adapter, or an adapter folder, into its 16-bit base and write a plain model.
 
@@ -86,9 +88,11 @@ def merge(
         dtype: of the written weights.
         check_pairs: pairs on which the merged model is compared with the live one; 0 for no comparison.
         texts: token ids to compare on, instead of the run's pairs.
+        trust_remote_code: run Python code that comes with the base.
 
     Raises:
-        UsageError: an unknown dtype, or an output folder that is not empty.
+        UsageError: an unknown dtype, an output folder that is not empty, or a run that was trained with the base's
+            own code, which its files alone cannot allow to run again.
         ModelError: no adapter, another parent, a parent that is missing, a quantized base, a module that cannot be
             merged.
         HubError: the base has to be fetched and cannot be.
@@ -103,30 +107,32 @@ def merge(
         raise UsageError(f"{output} is already there", hint="give another --output, or delete it")
     from sampo_cli.adapter import read_adapter
     from sampo_cli.merge_plan import load_skeleton, make_plan
-    from sampo_cli.merge_write import copy_files, total_size, write_config, write_shard
+    from sampo_cli.merge_write import copy_files, files_to_copy, total_size, write_config, write_shard
 
+    _check_consent(adapter_folder, given=trust_remote_code)
     lineage = _find_lineage(adapter_folder, base)
     adapters = [read_adapter(folder) for folder in lineage.adapters]
     base_folder = _base_folder(lineage)
     _check_parent(adapters, base_folder, lineage)
     files = {path: read_header(path) for path in weight_files(base_folder)}
-    trusted = _trusts_remote_code(adapter_folder)
-    skeleton = load_skeleton(base_folder, [t for tensors in files.values() for t in tensors], trust_remote_code=trusted)
+    stored = [tensor for tensors in files.values() for tensor in tensors]
+    skeleton = load_skeleton(base_folder, stored, trust_remote_code=trust_remote_code)
     plan = make_plan(adapters, skeleton, dtype)
+    others = files_to_copy(base_folder, adapter_folder)
     size = total_size(files.values(), plan, dtype)
     _check_disk(output, size)
     with whole_folder(output) as folder:
         for path, tensors in files.items():
             write_shard(path, folder / path.name, tensors, plan, dtype)
         write_config(base_folder, folder, size, dtype)
-        copy_files(base_folder, adapter_folder, folder)
+        copy_files(others, adapter_folder, folder)
     drift: Drift | None = None
     note: str | None = "not asked for"
     if check_pairs:
         from sampo_cli.drift import compare_with_live
 
         drift, note = compare_with_live(
-            adapters, base_folder, output, pairs=check_pairs, texts=texts, trust_remote_code=trusted
+            adapters, base_folder, output, pairs=check_pairs, texts=texts, trust_remote_code=trust_remote_code
         )
     warnings = tuple(
         f"{adapter.folder} does not record the weights of its base; only their shapes were compared"
@@ -164,19 +170,19 @@ def _default_output(adapter: Path) -> Path:
     return adapter.with_name(f"{adapter.resolve().name}-merged")
 
 
-def _trusts_remote_code(adapter: Path) -> bool:
-    """What the run's recipe says; False for an adapter without one."""
+def _check_consent(adapter: Path, *, given: bool) -> None:
     from sampo_cli.config import read_recipe
 
     path = adapter.parent / "recipe.yaml"
-    section = read_recipe(path).get("model") if path.is_file() else None
-    return isinstance(section, dict) and section.get("trust_remote_code") is True
+    if path.is_file():
+        check_consent(read_recipe(path), path, given=given, flag="--trust-remote-code")
 
 
 def _recorded_parent(adapter: Path) -> tuple[str | None, str | None]:
     """Name and revision of what an adapter was trained on."""
-    settings = read_json(adapter / ADAPTER_CONFIG)
-    record = read_json(adapter / "sampo.json") if (adapter / "sampo.json").is_file() else {}
+    from sampo_cli.adapter import read_record, read_settings
+
+    settings, record = read_settings(adapter), read_record(adapter)
     return settings.get("base_model_name_or_path"), record.get("base_revision") or settings.get("revision")
 
 
@@ -201,7 +207,7 @@ def _as_adapter(name: str, revision: str | None) -> Path | None:
     """The folder of the adapter that `name` names, or None if it names something else."""
     from sampo_cli.remote import fetch
 
-    wanted = (ADAPTER_CONFIG, "adapter_model.*", "config.json")
+    wanted = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
     folder = fetch(name, "model", revision=revision, patterns=wanted)
     return next((path for path in (folder, folder / "adapter") if (path / ADAPTER_CONFIG).is_file()), None)
 

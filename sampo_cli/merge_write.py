@@ -1,6 +1,7 @@
 """The files of a merged model: weights one tensor at a time, config, tokenizer and what else belongs to it.
 
-Memory holds one tensor, not a file and not the model.
+Memory holds one tensor, not a file and not the model. Beside the weights only files that lie in the folders of base
+and adapter are copied, none that a link in them leads to.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from sampo_cli.errors import NumericsError
 from sampo_cli.fingerprint import INDEX_FILE, StoredTensor, adapter_digest, read_json
 from sampo_cli.merge_plan import FLOATS, Plan
+from sampo_cli.trust import check_inside, files_like
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model*"),
     *("spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 BASE_FILES = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -112,7 +114,8 @@ def write_config(base: Path, folder: Path, size: int, dtype: str) -> None:
     _write_json(folder / "config.json", config)
     if len(list(folder.glob("*.safetensors"))) > 1 or not (folder / "model.safetensors").is_file():
         index = read_json(base / INDEX_FILE)
-        index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
+        metadata = index.get("metadata")
+        index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
         _write_json(folder / INDEX_FILE, index)
 
 
@@ -120,23 +123,31 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_files(base: Path, adapter: Path, folder: Path) -> None:
-    """Tokenizer and template from the adapter's folder if it has a tokenizer, else from the base; the rest from it.
+def files_to_copy(base: Path, adapter: Path) -> dict[Path, Path]:
+    """Beside the weights: relative path in the merged model -> file.
 
-    Files are copied as they are. A sentencepiece vocabulary comes from the base if the adapter has none: transformers
-    does not save it again, and converters of other runtimes read it.
+    Tokenizer and template from the adapter's folder if it has a tokenizer, else from the base; the rest from the base.
+    A sentencepiece vocabulary comes from the base if the adapter has none: transformers does not save it again, and
+    converters of other runtimes read it.
+
+    Raises:
+        UsageError: one is a link that leads out of its folder.
     """
     own = any((adapter / name).is_file() for name in _TOKENIZERS)
-    _copy(base, folder, BASE_FILES)
-    _copy(base, folder, _VOCABULARIES if own else TOKENIZER_FILES)
-    _copy(adapter, folder, TOKENIZER_FILES if own else ("chat_template.jinja",))
+    of_base = BASE_FILES + (_VOCABULARIES if own else TOKENIZER_FILES)
+    of_adapter = TOKENIZER_FILES if own else ("chat_template.jinja",)
+    found = {}
+    for source, patterns in ((base, of_base), (adapter, of_adapter)):
+        for path in (path for pattern in patterns for path in files_like(pattern, source)):
+            check_inside(path, source)
+            found[path.relative_to(source)] = path
+    return found
+
+
+def copy_files(files: Mapping[Path, Path], adapter: Path, folder: Path) -> None:
+    """Copy `files_to_copy` as they are, and write down which adapter was merged."""
+    for name, path in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
     record = read_json(adapter / "sampo.json") if (adapter / "sampo.json").is_file() else {}
     _write_json(folder / "sampo.json", {**record, "adapter_sha256": adapter_digest(adapter)})
-
-
-def _copy(source: Path, folder: Path, patterns: Iterable[str]) -> None:
-    for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, folder / path.name)

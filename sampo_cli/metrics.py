@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from sampo_cli.disk import write_text, writing
 
 Row = dict[str, Any]
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one row; each row is one write, so a reader never sees half of two."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add one row; each row is one write, so a reader never sees half of two.
+
+    Raises:
+        SampoError: the disk is full; of this row nothing is there.
+    """
+    line = (json.dumps(row) + "\n").encode()
+    with writing(path, len(line)), path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(line)
+            while written < len(line):  # a full disk takes what still fits, and says so at the next write
+                written += file.write(line[written:])
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def read(path: Path) -> list[Row]:
-    """All whole rows; a last line that was cut off by a crash is left out."""
+    """All whole rows; a last line that was cut off by a crash is left out, and what follows a damaged one too."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    rows: list[Row] = []
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(row, dict) or "step" not in row:
+            break
+        rows.append(row)
     return rows
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the rows after `step`: those of steps that a resumed run will take again."""
-    kept = [row for row in read(path) if row["step"] <= step]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    aside.replace(path)
+def keep(path: Path, belongs: Callable[[Row], bool]) -> list[Row]:
+    """Drop the rows that do not belong to a run any more, as it will take those steps again; returns the others."""
+    kept = [row for row in read(path) if belongs(row)]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept

@@ -7,7 +7,7 @@ Only safetensors are read. The adapters themselves are `lora.py`'s.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from sampo_cli.activations import Checkpointing, set_checkpointing
 from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.errors import ModelError, OutOfMemory
 from sampo_cli.fingerprint import weights_fingerprint
+from sampo_cli.flex import use_attention
+from sampo_cli.kernels import use_kernels
 from sampo_cli.lora import add_adapter, resume_adapter
 from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, check_head, find_layout, is_state_space, use_pieces
 from sampo_cli.remote import fetch_model, first_line, local_folder
+from sampo_cli.trust import does_not_load
 
 NF4_BLOCK = 64
 """Weights that share one scale in bitsandbytes' 4-bit storage."""
@@ -43,6 +46,8 @@ class ModelFacts:
     layout: str
     layout_reason: str
     context: int | None
+    attention: str
+    kernels: str = "none"
     dtypes: dict[str, int] = field(default_factory=dict)
 
 
@@ -66,9 +71,10 @@ def load_config(config: ModelConfig, folder: Path) -> Any:
 
     try:
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        hint = "it may need Python code of its own: read it, then --set model.trust_remote_code=true"
-        raise ModelError(f"model '{config.name}': {first_line(error)}", hint=hint) from error
+    except Exception as error:  # whatever a config makes transformers raise
+        hint = "its config.json must be one that transformers knows"
+        what, trusted = f"model '{config.name}'", config.trust_remote_code
+        raise does_not_load(what, folder, first_line(error), hint, trusted=trusted) from error
     for part in {id(part): part for part in (architecture, architecture.get_text_config())}.values():
         for key, value in part.to_dict().items():
             if isinstance(value, float) and any(word in key for word in ("dropout", "pdrop", "layerdrop", "jitter")):
@@ -135,6 +141,7 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
         ModelError: not found, not loadable, already quantized otherwise, or nothing of it was quantized.
         OutOfMemory: no room on the device.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if config.quantization != "none":
@@ -143,11 +150,11 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     architecture = load_config(config, folder)
     dtype = pick_dtype(config.dtype, device)
     options: dict[str, Any] = {"config": architecture, "dtype": dtype, "device_map": {"": device}}
-    if config.quantization != "none":
-        options["quantization_config"] = _quantization(config, architecture, dtype, device)
-    if config.attention != "auto":
+    if config.attention in ("sdpa", "eager"):
         options["attn_implementation"] = config.attention
     try:
+        if config.quantization != "none":
+            options["quantization_config"] = _quantization(config, architecture, dtype, device)
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=config.trust_remote_code, **options
         )
@@ -155,8 +162,10 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
         raise OutOfMemory(
             f"no room on {device} for model '{config.name}'", hint="use --quantization nf4 or a smaller model"
         ) from error
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model '{config.name}' does not load: {first_line(error)}") from error
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        hint = "it must be a causal language model that transformers knows, with whole safetensors files"
+        what, trusted = f"model '{config.name}'", config.trust_remote_code
+        raise does_not_load(what, folder, first_line(error), hint, trusted=trusted) from error
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -193,6 +202,7 @@ def load_policy(
     """Base, adapters, checkpointing and layout, ready to train."""
     device = pick_device()
     base = load_base(config, device)
+    kernels, no_flex = use_kernels(base, config.kernels), use_attention(base, config.attention)
     fingerprint = weights_fingerprint(fetch_model(config.name, config.revision))
     if config.adapter:
         model = resume_adapter(base, config.adapter, fingerprint, lora.dropout)
@@ -210,7 +220,9 @@ def load_policy(
     else:
         policy.layout = config.layout
     use_pieces(policy)
-    return policy, describe(policy, config, reason, fingerprint)
+    facts = describe(policy, config, reason, fingerprint)
+    attention = f"{facts.attention} ({no_flex})" if no_flex else facts.attention
+    return policy, replace(facts, attention=attention, kernels=kernels)
 
 
 def describe(policy: Policy, config: ModelConfig, layout_reason: str, fingerprint: str) -> ModelFacts:
@@ -241,5 +253,6 @@ def describe(policy: Policy, config: ModelConfig, layout_reason: str, fingerprin
         layout=policy.layout,
         layout_reason=layout_reason,
         context=context_length(causal_lm.config),
+        attention=policy.attention,
         dtypes=dict(dtypes),
     )

@@ -53,7 +53,7 @@ def recipe_tree(recipe: str | None, flags: Mapping[str, Any], settings: Sequence
     from sampo_cli.config import apply_settings, put
     from sampo_cli.recipes import load_recipe
 
-    tree = load_recipe(recipe) if recipe else {}
+    tree = load_recipe(recipe, settings or ()) if recipe else {}
     for flag, value in flags.items():
         if value is not None:
             section, key = FLAGS[flag].split(".")

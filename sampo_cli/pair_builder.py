@@ -17,9 +17,19 @@ from typing import BinaryIO
 import numpy as np
 
 from sampo_cli.config import DataConfig
+from sampo_cli.datafile import DataFile
 from sampo_cli.errors import DataError
-from sampo_cli.formats import ACCEPTED, NOT_AN_OBJECT, NOT_RECOGNISED, Conversation, Unusable, read_row
-from sampo_cli.sources import Broken, DataFile, read_rows
+from sampo_cli.formats import (
+    ACCEPTED,
+    NOT_AN_OBJECT,
+    NOT_RECOGNISED,
+    Conversation,
+    Unusable,
+    known_columns,
+    printable,
+    read_row,
+)
+from sampo_cli.readers import Broken, read_rows
 from sampo_cli.template import NOT_A_PREFIX, Encoded, PairEncoder
 
 Progress = Callable[[int, int | None], None]
@@ -30,6 +40,7 @@ CHUNK_ROWS = 1000
 CHUNK_CHARACTERS = 8_000_000
 
 _BAD_ROWS = (BROKEN, NOT_AN_OBJECT, NOT_A_PREFIX)
+_MOST_SHOWN = 300
 _DROP_HINT = "fix the row, or drop and count such rows with data.on_bad_row=drop"
 
 INDEX = np.dtype(
@@ -134,14 +145,15 @@ class StoreBuilder:
     def _source_rows(self, name: str, source: Sequence[DataFile]) -> Iterator[_Row]:
         """The usable rows of a source. Raises DataError where it is empty, or no row has a known format."""
         first, unrecognised, columns = self.rows, self.dropped[NOT_RECOGNISED], ""
+        needed = known_columns(self.config.columns)
         for file in source:
             self.files.append(file)
-            for number, value in read_rows(file):
+            for number, value in read_rows(file, needed):
                 place = self.rows - first + 1 if file.source else number
                 pair_id = self.rows
                 self.rows += 1
                 if not columns and isinstance(value, Mapping):
-                    columns = ", ".join(map(str, value))
+                    columns = printable(", ".join(map(str, value))[:_MOST_SHOWN])
                 conversation = self._understood(value, file, place)
                 if conversation is not None:
                     yield _Row(conversation, pair_id, len(self.files) - 1, place)

@@ -22,13 +22,18 @@ from sampo_cli.config import Recipe, resolve, validate
 from sampo_cli.data import PairDataset, prepare, split
 from sampo_cli.data_report import Token, token_view
 from sampo_cli.errors import DataError, UsageError
+from sampo_cli.lock import LOCK, refuse_held
 from sampo_cli.method_checks import check, refuse
 from sampo_cli.methods import METHODS, Method, find
 from sampo_cli.model import context_length, load_config
 from sampo_cli.remote import fetch_model
-from sampo_cli.rounds import round_parts, total_steps
 from sampo_cli.sampling import POLICY
 from sampo_cli.template import load_tokenizer, uses_plain_template
+
+BEFORE_THE_FIRST_CHECKPOINT = {
+    *(LOCK, "recipe.yaml", "summary.json", "run.log", "metrics.jsonl", checkpoint.CHECKPOINTS, "sampo", "wandb"),
+}
+"""All that can be in the folder of a run that has none; `sampo` is TensorBoard's."""
 
 
 class Notes(Protocol):
@@ -143,28 +148,6 @@ def inspect_pair(the_plan: Plan, row: int | None = None) -> tuple[list[Token], s
     return token_view(pair, the_plan.tokenizer, keep), dataset.location(index)
 
 
-def dry_run(recipe: Recipe, view: Notes, folder: Path) -> dict[str, Any]:
-    """What a run would do, from config, tokenizer and data alone."""
-    the_plan = make_plan(recipe, view)
-    dataset, settings = the_plan.dataset, recipe.train
-    parts = round_parts(the_plan.train, recipe.iterations, settings.seed)
-    steps = sum(total_steps(settings, len(part)) for part in parts)
-    lengths = dataset.prompt_tokens + dataset.chosen_tokens + dataset.rejected_tokens
-    return {
-        "model": recipe.model.name,
-        "method": f"{recipe.method.name} (beta {recipe.method.beta}, reduction {recipe.method.reduction})",
-        "train pairs": len(the_plan.train),
-        "held-out pairs": len(the_plan.evaluation),
-        "steps": steps,
-        "pairs per step": settings.batch_pairs,
-        "tokens per pair, mean": round(float(lengths[the_plan.train].mean()), 1),
-        "tokens per pair, most": int(lengths.max()),
-        "tokens in all": int(lengths[the_plan.train].mean() * min(settings.batch_pairs, len(the_plan.train)) * steps),
-        "learning rate": settings.learning_rate,
-        "output": str(folder),
-    }
-
-
 def new_folder(recipe: Recipe) -> Path:
     """Where the run goes: `output.dir`, or outputs/<model>-<method>-<data>. Refused if something is there."""
     parts = (Path(recipe.model.name).name, recipe.method.name, Path(recipe.data.sources[0].split(":")[0]).name)
@@ -173,7 +156,9 @@ def new_folder(recipe: Recipe) -> Path:
     parent = next(place for place in folder.absolute().parents if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"the run folder cannot be made: {parent} is no folder that can be written", hint="--output")
-    if folder.exists() and not is_abandoned(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_dir():
+        refuse_held(folder)
+    if folder.exists() and not is_free(folder):
         resumable = folder.is_dir() and checkpoint.all_checkpoints(folder)
         raise UsageError(
             f"the run folder is already there: {folder}",
@@ -182,14 +167,25 @@ def new_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def is_abandoned(folder: Path) -> bool:
-    """True for the folder of a run that ended before it had anything to keep: no checkpoint, no adapter."""
-    kept = ("adapter", checkpoint.BEST, "merged")
-    started = (folder / "summary.json").is_file() and (folder / "recipe.yaml").is_file()
-    return started and not checkpoint.all_checkpoints(folder) and not any((folder / name).exists() for name in kept)
+def is_free(folder: Path) -> bool:
+    """True for a folder that a new run may have: empty, or of a run that ended before it had anything to keep."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
+    begun = (LOCK in names or {"recipe.yaml", "summary.json"} <= names) and names <= BEFORE_THE_FIRST_CHECKPOINT
+    return not names or (begun and not checkpoint.all_checkpoints(folder))
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Delete what such a run left, so that a new one can have its name."""
-    if is_abandoned(folder):
-        shutil.rmtree(folder)
+    """Delete what such a run left, so that a new one can have its name. The caller holds the folder's lock.
+
+    Raises:
+        UsageError: another run has come far here meanwhile.
+    """
+    if not is_free(folder):
+        raise UsageError(f"the run folder is already there: {folder}", hint="--output another, or delete it")
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

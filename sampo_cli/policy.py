@@ -1,4 +1,6 @@
-"""One forward pass of a `PairBatch`: masks for the shared row, the model's body, log-probs of the scored tokens.
+"""One forward pass of a `PairBatch`: the model's body over its rows, log-probs of the scored tokens.
+
+Who sees whom in a row is said by `attention.py`, `flex.py` and `pair_attention.py`.
 
 Legend: R rows, S positions of a row, N scored tokens, H hidden, V vocabulary.
 """
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sampo_cli.activations import offloaded
-from sampo_cli.batch import PADDING, PROMPT, Draw, Layout, Pair, PairBatch, collate
+from sampo_cli.attention import Masks, row_masks
+from sampo_cli.batch import PADDING, Draw, Layout, Pair, PairBatch, collate
 from sampo_cli.errors import ModelError
+from sampo_cli.flex import FLEX, flat_inputs, flat_length
 from sampo_cli.logprobs import Head, token_kl, token_logps
 from sampo_cli.pair_attention import LEAST_POSITIONS, NAME, row_bounds
 
@@ -33,27 +37,10 @@ HEAD_TOLERANCE = 5e-2
 LEAK_TOLERANCE = 0.1
 """Share of what an open row changes that a shared row may differ from two rows: rounding in 16 bits, never a leak."""
 
-Masks = Tensor | dict[str, Tensor]
-
 
 def is_state_space(model_class: type) -> bool:
     """True for an architecture whose layers carry a state along the row."""
     return bool(getattr(model_class, "_is_stateful", False))
-
-
-def pair_mask(segments: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
-    """Who sees whom in a shared row: bool [R, 1, S, S], True where the query (third axis) may look at the key.
-
-    A response sees the prompt and itself, never the other response; with a sliding `window`, only what lies less
-    than `window` positions back. Nothing looks at padding but padding itself.
-    """
-    query, key = segments[:, :, None], segments[:, None, :]
-    size = segments.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
-    mask = causal & ((key == PROMPT) | (key == query))
-    if window is not None:
-        mask &= position_ids[:, :, None] - position_ids[:, None, :] < window
-    return mask[:, None]
 
 
 class Policy(nn.Module):
@@ -92,7 +79,7 @@ class Policy(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def head(self) -> Head:
-        config = self.causal_lm.config.get_text_config()
+        config = self._text_config
         output = self.causal_lm.get_output_embeddings()
         scaling = getattr(config, "logits_scaling", None)
         return Head(
@@ -102,19 +89,42 @@ class Policy(nn.Module):
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
+    @property
+    def _text_config(self) -> Any:
+        return self.causal_lm.config.get_text_config()
+
+    @property
+    def flex(self) -> bool:
+        """True where all rows run end to end, by flex attention."""
+        return self.layout == "shared" and self._text_config._attn_implementation == FLEX
+
+    @property
+    def attention(self) -> str:
+        """What computes attention: flex, sdpa or eager."""
+        name = self._text_config._attn_implementation
+        return "flex" if self.flex else "sdpa" if name in (FLEX, NAME) else name
+
+    def computed_positions(self, batch: PairBatch) -> int:
+        """Positions that a forward pass of the batch computes, padding included."""
+        positions = batch.input_ids.numel()
+        return flat_length(positions) if self.flex else positions
+
     def masks(self, batch: PairBatch) -> Masks:
-        """What the model takes as `attention_mask`: one mask, or one per layer type, or the plain [R, S] one."""
+        """What the model takes as `attention_mask` of rows: one, or one per layer type, or the plain [R, S] one."""
         if self.layout == "separate":
             return (batch.segments != PADDING).long()
-        windows = layer_windows(self.causal_lm.config.get_text_config())
-        masks = {kind: pair_mask(batch.segments, batch.position_ids, window) for kind, window in windows.items()}
-        if self.causal_lm.config._attn_implementation == "eager":
-            masks = {kind: self._additive(mask) for kind, mask in masks.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return row_masks(batch, self._text_config, self.causal_lm.get_input_embeddings().weight.dtype)
 
-    def _additive(self, mask: Tensor) -> Tensor:
-        dtype = self.causal_lm.get_input_embeddings().weight.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    def inputs(self, batch: PairBatch) -> dict[str, Any]:
+        """What the model's body takes; position [r, s] of the batch is r * S + s of its flattened hidden states."""
+        if self.flex:
+            return flat_inputs(batch, self._text_config)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": self.masks(batch)}
+        if self.layout == "shared":
+            inputs["position_ids"] = batch.position_ids
+            if self.pieces_from is not None and batch.input_ids.shape[1] >= self.pieces_from:
+                inputs["pair_bounds"] = row_bounds(batch.segments)
+        return inputs
 
     def forward(self, batch: PairBatch, reference_NH: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probs of the batch's scored tokens, float32 [N].
@@ -133,12 +143,7 @@ class Policy(nn.Module):
 
     def hidden(self, batch: PairBatch) -> Tensor:
         """The hidden states that predict the scored tokens, [N, H]."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": self.masks(batch), "use_cache": False}
-        if self.layout == "shared":
-            inputs["position_ids"] = batch.position_ids
-            if self.pieces_from is not None and batch.input_ids.shape[1] >= self.pieces_from:
-                inputs["pair_bounds"] = row_bounds(batch.segments)
-        hidden_RSH = self.causal_lm.base_model(**inputs).last_hidden_state
+        hidden_RSH = self.causal_lm.base_model(**self.inputs(batch), use_cache=False).last_hidden_state
         return hidden_RSH.flatten(0, 1)[batch.positions]
 
 
@@ -150,22 +155,6 @@ def score_against_reference(policy: nn.Module, batch: PairBatch) -> tuple[Tensor
         reference_logps = token_logps(reference_NH, batch.targets, raw.head())
     policy_logps, kl = policy(batch, reference_NH)
     return policy_logps, reference_logps, kl
-
-
-def layer_windows(config: Any) -> dict[str, int | None]:
-    """Sliding window (or None) by layer type, of the types that a model has; one entry if all layers are alike.
-
-    Raises:
-        ValueError: the model has layers that are neither full nor sliding-window attention.
-    """
-    kinds = sorted(set(getattr(config, "layer_types", None) or []))
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ValueError(f"layers of type {', '.join(sorted(unknown))}")
-    window = getattr(config, "sliding_window", None)
-    if not kinds:
-        return {"all": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 @contextmanager

@@ -6,24 +6,26 @@ hash of everything that the numbers depend on.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from torch import nn
 
 from sampo_cli.batch import Draw, Logps, Pair, Pairs, collate, micro_batches
 from sampo_cli.budget import largest_that_fits
 from sampo_cli.cache import cache_folder, is_complete
-from sampo_cli.errors import Interrupted, SampoError
+from sampo_cli.disk import check_room, flush, folder_bytes, writing
+from sampo_cli.errors import ExitCode, Interrupted
 from sampo_cli.policy import REFERENCE_ADAPTER, Policy, reference
 
 FORMAT = 1
@@ -32,6 +34,8 @@ BLOCK = 256
 
 LARGER = 4
 """How many times the positions of a training pass fit into one without gradients, to begin with."""
+
+ROOM_HINT = "sampo cache clear, set SAMPO_CACHE to another disk, or use --cache-reference off"
 
 LOGPS, INDEX, META = "logps.bin", "index.npy", "meta.json"
 
@@ -65,7 +69,7 @@ def key_parts(policy: Policy, identity: Mapping[str, str]) -> dict[str, Any]:
         "format": FORMAT,
         "data": identity["the data"],
         "base": identity["the base"],
-        "adapter": _adapter_digest(policy),
+        "adapter": adapter_digest(policy),
         "quantization": str(quantization.to_dict()) if quantization else "none",
         "dtype": str(policy.dtype),
         "layout": policy.layout,
@@ -75,7 +79,7 @@ def key_parts(policy: Policy, identity: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _adapter_digest(policy: Policy) -> str:
+def adapter_digest(policy: Policy) -> str:
     """sha256 of the frozen reference adapter's weights as they are in memory, or "none" where adapter-off is it."""
     weights = {name: p for name, p in policy.named_parameters() if f".{REFERENCE_ADAPTER}." in name}
     if not weights:
@@ -108,6 +112,31 @@ def score_pairs(policy: nn.Module, pairs: Sequence[Pair], tokens: int) -> list[L
     return [found[pair.pair_id] for pair in pairs]
 
 
+def reference_of(
+    policy: nn.Module,
+    pairs: Pairs,
+    indices: Sequence[int],
+    identity: Mapping[str, str],
+    of: str,
+    tokens: int,
+    note: Callable[[str], object],
+    stop: object = False,
+) -> ReferenceCache:
+    """The log-probs that `policy`'s reference gives `pairs`; see `key_parts` and `find_or_build` for the arguments.
+
+    Args:
+        tokens: positions of a forward pass in training.
+
+    Raises:
+        Interrupted: `stop` became true meanwhile.
+    """
+    raw: Any = getattr(policy, "module", policy)
+    parts = key_parts(raw, identity)
+    return find_or_build(
+        parts, of, pairs, indices, lambda block: score_pairs(policy, block, LARGER * tokens), note, stop
+    )
+
+
 def find_or_build(
     parts: Mapping[str, Any],
     of: str,
@@ -138,16 +167,8 @@ def find_or_build(
         return ReferenceCache(folder)
     with _locked(folder, note, stop):
         if not is_complete(folder):
-            try:
-                _build(folder, {"of": of, "parts": dict(parts)}, pairs, indices, score, note, stop)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                need = 4 * int((pairs.chosen_tokens + pairs.rejected_tokens)[indices].sum())
-                raise SampoError(
-                    f"no space left in {folder.parent} for the reference's log-probs ({need / 2**20:,.0f} MiB)",
-                    hint="make room (sampo cache clear), set SAMPO_CACHE, or use --cache-reference off",
-                ) from error
+            shutil.rmtree(folder, ignore_errors=True)  # damaged
+            _build(folder, {"of": of, "parts": dict(parts)}, pairs, indices, score, note, stop)
     return ReferenceCache(folder)
 
 
@@ -172,7 +193,7 @@ def _interrupted(stop: object) -> Interrupted:
     return Interrupted(
         "stopped while the reference's log-probs were worked out; what there is of them is kept",
         hint="the same command goes on from there, or --resume if the run has a checkpoint",
-        terminated=getattr(stop, "terminated", False),
+        exit_code=getattr(stop, "exit_code", ExitCode.INTERRUPTED),
     )
 
 
@@ -187,28 +208,46 @@ def _build(
 ) -> None:
     """Append block after block to a file aside; on from the last whole block that is there."""
     aside = folder.with_name(f".building-{folder.name}")
-    aside.mkdir(exist_ok=True)
     lengths = (pairs.chosen_tokens + pairs.rejected_tokens)[indices].astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    with (aside / LOGPS).open("ab") as file:
-        size = file.tell()
-        done = max(first for first in range(0, len(indices) + BLOCK, BLOCK) if 4 * _at(starts, first) <= size)
-        file.truncate(4 * _at(starts, done))
-        if done:
-            note(f"reference: {min(done, len(indices)):,} of {len(indices):,} pairs were done before")
-        for first in range(done, len(indices), BLOCK):
-            if stop:
-                raise _interrupted(stop)
-            block = [pairs[index] for index in indices[first : first + BLOCK]]
-            file.write(np.concatenate(score(block)).astype(np.float32).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            note(f"reference: {min(first + BLOCK, len(indices)):,} of {len(indices):,} pairs")
     ids = np.array([pairs.pair_ids[index] for index in indices], np.int64)
-    np.save(aside / INDEX, np.stack([ids, starts[:-1]]))
-    sizes = {name: (aside / name).stat().st_size for name in (LOGPS, INDEX)}
-    (aside / META).write_text(json.dumps({**meta, "sizes": sizes}, indent=2) + "\n", encoding="utf-8")
-    aside.rename(folder)
+    needed = 4 * int(starts[-1]) + 2 * ids.nbytes
+    with writing(aside, needed, ROOM_HINT):
+        aside.mkdir(exist_ok=True)
+        check_room(aside, needed - folder_bytes(aside), "the reference's log-probs", ROOM_HINT)
+        with (aside / LOGPS).open("ab") as file:
+            _append(file, pairs, indices, starts, score, note, stop)
+        np.save(aside / INDEX, np.stack([ids, starts[:-1]]))
+        sizes = {name: (aside / name).stat().st_size for name in (LOGPS, INDEX)}
+        (aside / META).write_text(json.dumps({**meta, "sizes": sizes}, indent=2) + "\n", encoding="utf-8")
+        for path in (aside / INDEX, aside / META, aside):
+            flush(path)
+        aside.rename(folder)
+
+
+def _append(
+    file: BinaryIO,
+    pairs: Pairs,
+    indices: Sequence[int],
+    starts: NDArray[np.int64],
+    score: Callable[[Sequence[Pair]], Sequence[Logps]],
+    note: Callable[[str], object],
+    stop: object,
+) -> None:
+    """The blocks that are not in the file yet. `starts`: where each pair's log-probs begin, and the end of the last."""
+    size = file.tell()
+    done = max(first for first in range(0, len(indices) + BLOCK, BLOCK) if 4 * _at(starts, first) <= size)
+    file.truncate(4 * _at(starts, done))
+    if done:
+        note(f"reference: {min(done, len(indices)):,} of {len(indices):,} pairs were done before")
+    for first in range(done, len(indices), BLOCK):
+        if stop:
+            raise _interrupted(stop)
+        block = [pairs[index] for index in indices[first : first + BLOCK]]
+        file.write(np.concatenate(score(block)).astype(np.float32).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        note(f"reference: {min(first + BLOCK, len(indices)):,} of {len(indices):,} pairs")
 
 
 def _at(starts: np.ndarray, first: int) -> int:

@@ -6,13 +6,15 @@ cache and then read as a folder, so offline use and local use are the same code.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from sampo_cli.errors import DataError, HubError, ModelError, SampoError
+from sampo_cli.fingerprint import INDEX_FILE, SINGLE_FILE, read_header, read_json, weight_files
+from sampo_cli.secrets_scan import mask
+from sampo_cli.trust import CONTROL, check_model
 
 RepoType = Literal["model", "dataset"]
 
@@ -103,29 +105,37 @@ def _http_error(what: str, error: Exception) -> HubError:
     refused = ("the Hub refused", "correct that and try again")
     fallback = ("the Hub failed", "try again later") if status >= _SERVER_FAILED else refused
     reason, hint = _HTTP_HINTS.get(status, fallback)
-    said = re.sub(r"hf_\w+", "hf_…", " ".join(str(getattr(error, "server_message", None) or "").split()))[:200]
+    said = mask(" ".join(str(getattr(error, "server_message", None) or "").split()))[:200]
     return HubError(f"{what}: {reason} (HTTP {status})" + (f": {said}" if said else ""), hint=hint)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type where it has none."""
+    """The first line of an exception's text, or its type where it has none; no secrets, no control characters."""
     text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    return CONTROL.sub("�", mask(text.splitlines()[0]))[:300] if text else type(error).__name__
 
 
 def local_folder(name: str) -> Path | None:
     """The folder that `name` names on this machine, if there is one."""
-    path = Path(name).expanduser()
-    return path.resolve() if path.is_dir() else None
+    try:
+        path = Path(name).expanduser()
+        return path.resolve() if path.is_dir() else None
+    except (OSError, RuntimeError):  # longer than any name, or the home of nobody
+        return None
 
 
 def fetch(name: str, repo_type: RepoType, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """The local folder of a model or data set: `name` itself if it is one, else a snapshot from the Hub.
 
     Raises:
-        ModelError, DataError: a path-like name that is not there.
-        HubError: no network, no access, no such repository.
+        ModelError, DataError: a path-like name that is not there, a name or revision that is none.
+        HubError: no network, no access, no such repository, or one whose files would lie outside of the cache.
     """
+    if CONTROL.search(name) or (revision is not None and not _is_revision(revision)):
+        raise _NOT_FOUND[repo_type](
+            f"{repo_type} not found: {name[:200]!r} (revision {str(revision)[:200]!r}) is no name",
+            hint="names and revisions hold no control characters, and revisions no '..'",
+        )
     folder = local_folder(name)
     if folder is not None:
         return folder
@@ -137,27 +147,53 @@ def fetch(name: str, repo_type: RepoType, *, revision: str | None, patterns: tup
         )
     from huggingface_hub import snapshot_download
 
-    with hub_errors(f"{repo_type} '{name}'"):
-        return Path(
-            snapshot_download(
+    what = f"{repo_type} '{name}'"
+    with hub_errors(what):
+        try:
+            snapshot = snapshot_download(
                 name,
                 repo_type=repo_type,
                 revision=revision,
                 allow_patterns=list(patterns),
                 ignore_patterns=list(NOT_NEEDED),
             )
-        )
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            hint = "do not use this repository: it has a file of a name that leads out of it"
+            raise HubError(f"{what}: {first_line(error)}", hint=hint) from error
+    return Path(snapshot)
+
+
+def _is_revision(revision: str) -> bool:
+    """True for what can be a branch, a tag or a commit: it becomes part of a path in the cache."""
+    return bool(revision) and not CONTROL.search(revision) and ".." not in revision and not revision.startswith("/")
 
 
 def fetch_model(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a model; without `weights` only its config and tokenizer are fetched."""
+    """The local folder of a model; without `weights` only its config and tokenizer are fetched.
+
+    Raises:
+        ModelError: not there, no weights in whole safetensors files, or something that transformers would load
+            instead of them.
+    """
     patterns = TOKENIZER_FILES + (WEIGHT_FILES if weights else ())
     folder = fetch(name, "model", revision=revision, patterns=patterns)
+    what = f"model '{name}'"
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model '{name}': no config.json in {folder}", hint="give a folder in transformers' format")
-    if weights and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"model '{name}': no *.safetensors in {folder}",
-            hint="only safetensors are read; pickled weights can run code. Convert them first",
-        )
+        raise ModelError(f"{what}: no config.json in {folder}", hint="give a folder in transformers' format")
+    check_model(what, folder)
+    if weights:
+        _check_weights(what, folder)
     return folder
+
+
+def _check_weights(what: str, folder: Path) -> None:
+    hint = "only safetensors are read; pickled weights can run code. Convert them first"
+    if not any((folder / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
+        raise ModelError(f"{what}: no {SINGLE_FILE} and no {INDEX_FILE} in {folder}", hint=hint)
+    named = read_json(folder / "config.json").get("transformers_weights")
+    if named not in (None, SINGLE_FILE, INDEX_FILE):
+        raise ModelError(f"{what}: its config.json names other weights, {str(named)[:100]!r}", hint=hint)
+    for path in weight_files(folder):
+        read_header(path)

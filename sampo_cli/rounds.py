@@ -13,6 +13,7 @@ import numpy as np
 
 from sampo_cli.batch import step_indices, steps_per_epoch
 from sampo_cli.config import IterationsConfig, Recipe, TrainConfig
+from sampo_cli.errors import UsageError
 from sampo_cli.sampling import ROUNDS
 
 
@@ -52,6 +53,19 @@ class Schedule:
     def start(self, number: int) -> int:
         """The first step of a round."""
         return self.ends[number - 1] if number else 0
+
+    def refuse_elsewhere(self, step: int, number: int) -> None:
+        """Stop a resumed run whose rounds have become longer or shorter in the middle of a later one.
+
+        Raises:
+            UsageError: `step` is not in round `number`.
+        """
+        if len(self.parts) > 1 and not self.start(number) <= step <= self.ends[number]:
+            raise UsageError(
+                f"after step {step} the run was in round {number + 1}, which would now be steps "
+                f"{self.start(number) + 1} to {self.ends[number]}",
+                hint="leave train.epochs and train.max_steps as they were; they are fixed from round 2 on",
+            )
 
     def steps_per_epoch(self, number: int) -> int:
         return steps_per_epoch(len(self.parts[number]), self.settings.batch_pairs)

@@ -7,33 +7,39 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from sampo_cli import checkpoint, metrics
+from sampo_cli import checkpoint
+from sampo_cli.activations import offload_note
 from sampo_cli.adapter import RECORD_FILE
 from sampo_cli.card import model_card
 from sampo_cli.config import LoraSection, Recipe, read_recipe, validate
+from sampo_cli.disk import check_room, write_text
 from sampo_cli.errors import Interrupted, UsageError
+from sampo_cli.feed import Split
+from sampo_cli.identity import change_lines, identity_of, recipe_changes
+from sampo_cli.lock import held
 from sampo_cli.lora import lora_section, save_adapter
-from sampo_cli.model import ModelFacts, load_policy
+from sampo_cli.model import ModelFacts, load_policy, pick_device
+from sampo_cli.optim import check_optimizer
 from sampo_cli.plan import Plan, check_trackers, clear_abandoned, make_plan, resolve_recipe
 from sampo_cli.policy import Policy
+from sampo_cli.record import Record
 from sampo_cli.signals import stop_requests
+from sampo_cli.state import adapter_bytes, bytes_to_come, refuse_other_format
 from sampo_cli.tracking import tracking
-from sampo_cli.trainer import Split, Trainer
+from sampo_cli.trainer import Trainer
 
 RESUMABLE_CHANGES = {
     *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
     *("train.pairs_per_microbatch", "train.cache_reference", "train.checkpointing", "train.offload_activations"),
-    "output.report_to",
+    *("train.on_nonfinite", "train.nonfinite_limit", "output.report_to"),
 }
-
 
 STOPPING = "finishing this step, then saving; once more to leave at once"
 
@@ -61,8 +67,25 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes are not supported yet", hint="start sampo train without a launcher")
     check_trackers(recipe)
+    with ExitStack() as stack:
+        if resume_from:
+            stack.enter_context(held(run))
+        the_plan, policy, facts = _load(recipe, view)
+        if not resume_from:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(run))
+            clear_abandoned(run)
+        trainer, record = _begin(the_plan, policy, facts, view, run, resume_from)
+        return _train(trainer, record, view)
+
+
+def _load(recipe: Recipe, view: RunView) -> tuple[Plan, Policy, ModelFacts]:
+    """Pairs and model; the recipe of the plan is the one with what loading decided."""
     the_plan = make_plan(recipe, view)
     settings = recipe.train
+    check_optimizer(settings, pick_device())
+    if note := offload_note(settings.offload_activations, pick_device()):
+        view.note(note)
     policy, facts = load_policy(
         recipe.model,
         recipe.lora,
@@ -72,29 +95,63 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     )
     recipe = what_was_loaded(recipe, facts, policy, view)
     tell_model(facts, recipe, view)
-    pairs = Split(the_plan.dataset, the_plan.train, the_plan.evaluation, the_plan.dataset.where)
-    identity = {"the data": the_plan.dataset.fingerprint, "the base": facts.fingerprint}
-    if not resume_from:
-        clear_abandoned(run)
-    run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(policy, pairs, recipe, the_plan.method, run, view, identity)
+    return replace(the_plan, recipe=recipe), policy, facts
+
+
+def _begin(
+    the_plan: Plan, policy: Policy, facts: ModelFacts, view: RunView, run: Path, resume_from: Path | None
+) -> tuple[Trainer, Record]:
+    """The trainer as it is before the first step, or after the checkpoint; the run's folder with its recipe."""
+    recipe, dataset = the_plan.recipe, the_plan.dataset
+    split = Split(dataset, the_plan.train, the_plan.evaluation, dataset.where)
+    identity = identity_of(dataset, the_plan.tokenizer, facts.fingerprint, policy)
+    trainer = Trainer(policy, split, recipe, the_plan.method, run, view, identity)
+    record = Record(run, the_plan, facts, trainer)
     if resume_from:
-        trainer.restore(resume_from)
-        view.note(f"resuming after step {trainer.progress.step}")
-    (run / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-    record = Record(run, replace(the_plan, recipe=recipe), facts, trainer)
+        record.resume(_restore(trainer, view, resume_from))
+    check_room(
+        run,
+        bytes_to_come(run, trainer.machinery, recipe.train.keep_checkpoints, recipe.iterations.count),
+        "the checkpoints of this run",
+        "make room, or give --output on another disk; --set train.keep_checkpoints=1 needs less",
+    )
+    write_text(run / "recipe.yaml", recipe.dump())
+    return trainer, record
+
+
+def _restore(trainer: Trainer, view: RunView, found: Path) -> dict[str, Any]:
+    """Put a trainer back to where a checkpoint is; what is noted of that."""
+    for folder in checkpoint.all_checkpoints(trainer.folder):
+        if folder.name > found.name and (problem := checkpoint.damage(folder)):
+            view.note(f"warning: the checkpoint {folder.name} is damaged, and {found.name} is used: {problem}")
+    before = refuse_other_format(found).get("recipe", {})
+    changes = recipe_changes(validate(before).model_dump(mode="json"), trainer.recipe.model_dump(mode="json"))
+    refuse_changes(changes)
+    trainer.restore(found)
+    view.note(f"resuming after step {trainer.progress.step}")
+    for line in change_lines(changes):
+        view.note(f"  changed: {line}")
+    return {"step": trainer.progress.step, "changed": {key: list(values) for key, values in changes.items()}}
+
+
+def _train(trainer: Trainer, record: Record, view: RunView) -> dict[str, Any]:
+    """The loop, what comes after it, and the run's state whatever happens."""
+    run, recipe = trainer.folder, trainer.recipe
     trainer.on_save = lambda: record.write("running")
     view.begin(run, trainer.steps, trainer.progress.step)
     record.write("running")
     try:
-        with stop_requests(lambda: view.note(STOPPING)) as stop, tracking(trainer.accelerator, recipe, run):
+        with (
+            stop_requests(lambda: view.note(STOPPING)) as stop,
+            tracking(trainer.accelerator, recipe, run, view.note),
+        ):
             trainer.fit(stop)
-        finish(trainer, record.plan, facts, run)
+            finish(trainer, record.plan, record.facts, run)
     except BaseException as error:
-        record.write("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+        record.leave("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
         raise
     summary = record.write("finished")
-    (run / "README.md").write_text(model_card(run), encoding="utf-8")
+    write_text(run / "README.md", model_card(run))
     return summary
 
 
@@ -106,21 +163,34 @@ def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
         changes: a recipe's tree holding only what is to be different.
 
     Raises:
-        UsageError: nothing to resume, or a change that would make it another run.
+        UsageError: nothing to resume, a run that another process is at, or a change that would make it another run.
     """
+    run = checkpoint.run_of(path)
+    if run.is_dir():
+        with held(run):
+            checkpoint.tidy_run(run)
     run, found = checkpoint.find(path)
     before = read_recipe(run / "recipe.yaml")
     merged = {section: {**values, **changes.get(section, {})} for section, values in before.items()}
     recipe = resolve_recipe(merged | {key: value for key, value in changes.items() if key not in before})
-    old, new = validate(before).model_dump(), recipe.model_dump()
-    different = [f"{s}.{k}" for s in old for k in old[s] if old[s][k] != new[s][k]]
-    refused = [key for key in different if key not in RESUMABLE_CHANGES]
+    old = validate(refuse_other_format(found).get("recipe", {}))
+    refuse_changes(recipe_changes(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
+    return recipe, found
+
+
+def refuse_changes(changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Stop where a resumed run would be another one.
+
+    Raises:
+        UsageError: something else than `RESUMABLE_CHANGES` is different.
+    """
+    refused = {key: values for key, values in changes.items() if key not in RESUMABLE_CHANGES}
     if refused:
         raise UsageError(
-            f"--resume continues the same run, but {', '.join(refused)} would change",
+            "--resume continues the same run, but this would change:\n"
+            + "\n".join(f"  {line}" for line in change_lines(refused)),
             hint="start a new run for that; allowed: " + ", ".join(sorted(RESUMABLE_CHANGES)),
         )
-    return recipe, found
 
 
 def what_was_loaded(recipe: Recipe, facts: ModelFacts, policy: Policy, view: RunView) -> Recipe:
@@ -136,7 +206,8 @@ def what_was_loaded(recipe: Recipe, facts: ModelFacts, policy: Policy, view: Run
 def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
     view.note(
         f"model: {facts.quantized_layers} of {facts.linear_layers} linear layers in {recipe.model.quantization}, "
-        f"compute {facts.dtype}, on {facts.device}, {facts.parameter_bytes / 2**20:,.0f} MiB"
+        f"compute {facts.dtype}, on {facts.device}, {facts.parameter_bytes / 2**20:,.0f} MiB; "
+        f"attention: {facts.attention}; kernels: {facts.kernels}"
     )
     share = facts.trainable_parameters / facts.total_parameters
     view.note(
@@ -156,7 +227,7 @@ def finish(trainer: Trainer, the_plan: Plan, facts: ModelFacts, run: Path) -> No
     """Put the best or the final adapter into `adapter/`, ready to load elsewhere."""
     recipe = the_plan.recipe
     best = run / checkpoint.BEST
-    with checkpoint.whole_folder(run / "adapter") as aside:
+    with checkpoint.whole_folder(run / "adapter", adapter_bytes(trainer.machinery)) as aside:
         if recipe.output.keep == "best" and best.is_dir():
             shutil.copytree(best, aside, dirs_exist_ok=True)
         else:
@@ -173,52 +244,3 @@ def finish(trainer: Trainer, the_plan: Plan, facts: ModelFacts, run: Path) -> No
             "run": run.resolve().name,
         }
         (aside / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-class Record:
-    """Writes `summary.json`: what the run is, how far it came, what it reached."""
-
-    def __init__(self, run: Path, the_plan: Plan, facts: ModelFacts, trainer: Trainer) -> None:
-        self.run, self.plan, self.facts, self.trainer = run, the_plan, facts, trainer
-
-    def write(self, state: str) -> dict[str, Any]:
-        recipe, facts, progress = self.plan.recipe, self.facts, self.trainer.progress
-        keeps_best = recipe.output.keep == "best" and progress.best_row is not None
-        evaluation = progress.best_row if keeps_best else progress.last_evaluation
-        folder = facts.folder
-        counts = asdict(self.plan.dataset.counts)
-        summary = {
-            "format": 1,
-            "state": state,
-            "model": {
-                "name": recipe.model.name,
-                "revision": recipe.model.revision,
-                "commit": folder.name if folder.parent.name == "snapshots" else None,
-                "fingerprint": facts.fingerprint,
-                "quantization": recipe.model.quantization,
-                "dtype": facts.dtype,
-                "adapter": recipe.model.adapter,
-            },
-            "method": recipe.method.model_dump(),
-            "pairs": {**counts, "train": len(self.plan.train), "eval": len(self.plan.evaluation)},
-            "steps": {"done": progress.step, "planned": self.trainer.steps},
-            "adapter_step": evaluation["step"] if keeps_best and evaluation else progress.step,
-            "evaluation": evaluation,
-            "rounds": progress.rounds,
-            "tokens_per_microbatch": progress.tokens_per_microbatch,
-            "generated": None,
-            "versions": versions(),
-            "device": facts.device,
-            "seconds": round(sum(row.get("seconds", 0) for row in metrics.read(self.run / "metrics.jsonl")), 1),
-        }
-        aside = self.run / "summary.json.tmp"
-        aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        aside.replace(self.run / "summary.json")
-        return summary
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides a run's numbers."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-    found = {"sampo": version("sampo-cli"), "python": platform.python_version()}
-    return found | {package: version(package) for package in packages}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sampo_cli.batch import PairBatch
-from sampo_cli.errors import NumericsError
 from sampo_cli.losses import LossOutput, PairScores
 
 
@@ -70,23 +68,24 @@ class Tally:
         self.ids.append(batch.pair_ids)
         self.computed_tokens += batch.input_ids.numel()
 
-    def row(self, where: Callable[[int], str] = str) -> dict[str, Any]:
-        """Means over pairs, token counts as sums.
+    def pair_ids(self) -> list[int]:
+        return torch.cat(self.ids).tolist()
 
-        Args:
-            where: names the row that a pair id came from.
+    def broken(self) -> list[int]:
+        """Ids of the pairs whose loss is not finite."""
+        finite = torch.cat(self.parts)[:, 0].isfinite()
+        return torch.cat(self.ids)[~finite].tolist()
 
-        Raises:
-            NumericsError: a loss is not finite; the rows are named.
+    def row(self) -> dict[str, Any]:
+        """Means over pairs, token counts as sums; pairs whose loss is not finite are counted and left out.
+
+        Means are None where no pair is left.
         """
         table = torch.cat(self.parts).cpu()
-        broken = torch.cat(self.ids).cpu()[~table[:, 0].isfinite()].tolist()
-        if broken:
-            raise NumericsError(
-                f"the loss is not finite for {len(broken)} of {len(table)} pairs: {', '.join(map(where, broken[:5]))}",
-                hint="look at those rows; lower train.learning_rate; try --set model.dtype=float32",
-            )
+        finite = table[table[:, 0].isfinite()]
         names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logps", "rejected_logps")
-        row: dict[str, Any] = dict(zip(names, table[:, :7].mean(0).tolist(), strict=True))
+        means = finite[:, :7].mean(0).tolist() if len(finite) else [None] * len(names)
+        row: dict[str, Any] = dict(zip(names, means, strict=True))
         row["kept_tokens"], row["response_tokens"] = (int(n) for n in table[:, 7:].sum(0).tolist())
-        return {**row, "pairs": len(table), "computed_tokens": self.computed_tokens}
+        broken = len(table) - len(finite)
+        return {**row, "pairs": len(table), "nonfinite": broken, "computed_tokens": self.computed_tokens}

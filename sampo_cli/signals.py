@@ -1,13 +1,17 @@
-"""Ctrl-C and SIGTERM as a wish that the loop can grant between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a wish that the loop can grant between two steps."""
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-from sampo_cli.errors import Interrupted
+from sampo_cli.errors import ExitCode, Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class StopRequest:
@@ -25,23 +29,42 @@ class StopRequest:
         return self.signal is not None
 
     @property
-    def terminated(self) -> bool:
-        return self.signal == signal.SIGTERM
+    def exit_code(self) -> ExitCode:
+        """128 plus the signal; Ctrl-C's where there was none."""
+        return ExitCode(128 + (self.signal or signal.SIGINT))
+
+    def after(self, step: int, steps: int, run: Path) -> Interrupted:
+        """The end of a run that granted the wish, to be raised once it has saved itself."""
+        return Interrupted(
+            f"stopped after step {step} of {steps}; everything so far is saved",
+            hint=f"go on with: {resume_command(run)}",
+            exit_code=self.exit_code,
+        )
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
             raise Interrupted(
-                "left at once; the newest checkpoint is whole", hint="--resume goes on", terminated=self.terminated
+                "left at once; the newest checkpoint is whole", hint="--resume goes on", exit_code=self.exit_code
             )
         self.signal = number
-        self._announce()
+        with suppress(OSError, RuntimeError):  # the terminal is gone, or this came in the middle of a print to it
+            self._announce()
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with a run, to be pasted into a shell."""
+    return f"sampo train --resume {shlex.quote(str(folder))}"
 
 
 @contextmanager
 def stop_requests(announce: Callable[[], object] = lambda: None) -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM inside; the handlers that were there come back afterwards."""
+    """Catch `SIGNALS` inside; the handlers that were there come back afterwards.
+
+    One that is ignored already stays so: `nohup` and shells that put a command into the background ask for that.
+    """
     request = StopRequest(announce)
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, request) for number in caught}
     try:
         yield request
     finally:

@@ -8,11 +8,13 @@ original strings back in place. Only conversations that contain one pay for this
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from sampo_cli.formats import Conversation, Unusable
+from sampo_cli.remote import first_line
 
 SPECIAL_IN_TEXT = "special token in text"
 
@@ -29,6 +31,7 @@ class SpecialTokens:
         longest_first = sorted((text for text in texts if text.strip()), key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self.ids = frozenset(tokenizer.convert_tokens_to_ids(longest_first))
+        self._control_ids = self.ids - {tokenizer.unk_token_id}
         self._any = re.compile(pattern)
         self._split = re.compile(f"({pattern})")
         self._next = re.compile(rf"\s*(?:{pattern})")
@@ -68,42 +71,64 @@ class SpecialTokens:
         """
         whole = tokenize(self._tokenizer, texts)
         for guard in ("", "\n"):
-            if [list(self._in_parts(text, guard, {})) for text in texts] == whole:
-                return [list(self._in_parts(text, guard, literals)) for text in texts]
-        raise Unusable(SPECIAL_IN_TEXT, ", ".join(literals.values()))
+            if self._in_parts(texts, guard, {}) == whole:
+                return self._in_parts(texts, guard, literals)
+        raise Unusable(SPECIAL_IN_TEXT, ", ".join(list(literals.values())[:5]))
 
-    def _in_parts(self, text: str, guard: str, literals: Mapping[str, str]) -> Iterator[int]:
-        """Ids of the parts between special tokens, one after the other.
+    def _in_parts(self, texts: Sequence[str], guard: str, literals: Mapping[str, str]) -> list[list[int]]:
+        """Ids of the parts between special tokens, one after the other, for each text.
 
         `guard` is put before each part and its tokens are taken away again: some tokenizers put a space before the
         first word of a text, but not before the first one after a special token.
         """
-        guard_ids = tokenize(self._tokenizer, [guard])[0] if guard else []
-        for index, part in enumerate(self._split.split(text)):
-            if index % 2:
-                yield self._tokenizer.convert_tokens_to_ids(part)
-            elif part:
-                text = guard + _restored(part, literals)
-                yield from tokenize(self._tokenizer, [text], split_special=True)[0][len(guard_ids) :]
+        split = [self._split.split(text) for text in texts]
+        plain = list(dict.fromkeys(part for parts in split for part in parts[::2] if part))
+        guarded = tokenize(self._tokenizer, [guard, *(guard + _restored(part, literals) for part in plain)], plain=True)
+        ids_of = {part: ids[len(guarded[0]) :] for part, ids in zip(plain, guarded[1:], strict=True)} | {"": []}
+        special = {text: [self._tokenizer.convert_tokens_to_ids(text)] for parts in split for text in parts[1::2]}
+        return [
+            [id for index, part in enumerate(parts) for id in (special if index % 2 else ids_of)[part]]
+            for parts in split
+        ]
+
+    def refuse_leaks(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+        """Check that rendered texts have no more special tokens as ids than they have as text.
+
+        A tokenizer may make one of what a person wrote although its text is nowhere to be seen (a full-width `＜/s＞`
+        that is normalised to `</s>`), or although it was asked to read it as text (where it is a plain word, too).
+        """
+        for text, row in zip(texts, ids, strict=True):
+            found = [id for id in row if id in self._control_ids]
+            written = self._any.findall(text)
+            if len(found) > len(written):
+                leaked = Counter(self._tokenizer.convert_ids_to_tokens(found)) - Counter(written)
+                raise Unusable(SPECIAL_IN_TEXT, f"it is read as {', '.join(sorted(leaked))}")
 
 
 def _restored(text: str, literals: Mapping[str, str]) -> str:
     return re.sub("|".join(literals), lambda match: literals[match.group()], text) if literals else text
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, split_special: bool = False
-) -> list[list[int]]:
-    """Ids of each text, nothing added; with `split_special`, special tokens in it are plain text."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
+    """Ids of each text, nothing added; with `plain`, special tokens in it are plain text.
+
+    Raises:
+        Unusable: the tokenizer raised an error, for example because it has no token for unknown words.
+    """
     if not texts:
         return []
-    encoding = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=split_special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
+    try:
+        encoding = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # a tokenizer may raise anything
+        raise Unusable("tokenizer refuses the text", first_line(error)) from error
     ids: list[list[int]] = encoding["input_ids"]
     return ids

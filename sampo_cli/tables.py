@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -88,6 +89,47 @@ def print_push_plan(plan: PushPlan) -> None:
         stdout.print(note, markup=False)
     stdout.print("README.md:", style="bold")
     stdout.print(plan.card, markup=False, soft_wrap=True)
+
+
+def print_dry_run(result: Mapping[str, Any]) -> None:
+    """What a run would do, the memory that it needs, and what to change where that is too much."""
+    facts = {key: value for key, value in result.items() if key not in ("memory", "changes") and value is not None}
+    facts["truncated"] = ", ".join(f"{part} {share:.1%}" for part, share in facts["truncated"].items())
+    for key in ("tokens per pair", "tokens", "parameters"):
+        if key in facts:
+            facts[key] = ", ".join(f"{name} {value:,}" for name, value in facts[key].items())
+    print_facts("dry run", facts)
+    memory = result["memory"]
+    if memory is not None:
+        _print_memory(memory)
+    if result["changes"]:
+        stdout.print(_changes_table(result["changes"]))
+        if not any(change["fits"] for change in result["changes"]):
+            stdout.print("nothing of this is enough: take a smaller model or more memory")
+
+
+def _print_memory(memory: Mapping[str, Any]) -> None:
+    table = Table("most memory of a step", "MiB")
+    for part, size in memory["parts"].items():
+        if size >= 2**19:
+            table.add_row(part, f"{size / 2**20:,.0f}")
+    table.add_row("in all", f"{memory['needed'] / 2**20:,.0f}", style="bold")
+    table.add_row(f"there is, on {escape(memory['device'])}", f"{memory['there is'] / 2**20:,.0f}")
+    stdout.print(table)
+    rows, positions = memory["largest micro-batch"].values()
+    verdict = "fits" if memory["fits"] else "does not fit"
+    stdout.print(
+        f"{verdict} with {memory['tokens per micro-batch']:,} tokens a micro-batch "
+        f"(the largest has {rows:,} x {positions:,})"
+    )
+
+
+def _changes_table(changes: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("with this change", "MiB", "")
+    for change in changes:
+        fits = "[green]fits[/]" if change["fits"] else "[red]too much[/]"
+        table.add_row(escape(change["change"]), f"{change['needed'] / 2**20:,.0f}", fits)
+    return table
 
 
 def print_methods(methods: Sequence[Method]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -36,6 +36,8 @@ _BOS = "{{ bos_token }}"
 
 NOT_A_PREFIX = "prompt is not a prefix"
 _QUESTION: Message = {"role": "user", "content": "QUESTION"}
+_ANSWER: Message = {"role": "assistant", "content": "ANSWER"}
+_OTHER = "give another one with data.chat_template"
 _STRFTIME = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 
 
@@ -64,7 +66,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
     if data.chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(data.chat_template).expanduser())
+        tokenizer.chat_template = _read_template(data.chat_template)
     elif not tokenizer.chat_template:
         tokenizer.chat_template = (_BOS if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
     return tokenizer
@@ -75,17 +77,17 @@ def uses_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.chat_template in (PLAIN_TEMPLATE, _BOS + PLAIN_TEMPLATE)
 
 
-def _read_template(path: Path) -> str:
+def _read_template(name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"data.chat_template {path}: {error}", hint="give a UTF-8 file with a Jinja template"
+            f"data.chat_template {name}: {error}", hint="give a UTF-8 file with a Jinja template"
         ) from error
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 class PairEncoder:
@@ -118,15 +120,31 @@ class PairEncoder:
         A template that has no place for a system turn gets its text before the first question.
         """
         rendered = [self._render_pair(conversation) for conversation in conversations]
-        plain = [pair for pair in rendered if isinstance(pair, _Rendered) and not pair.literals]
-        ids = iter(tokenize(self.tokenizer, [text for pair in plain for text in pair.texts]))
-        return [self._finish(pair, ids) if isinstance(pair, _Rendered) else pair for pair in rendered]
+        plain = [pair.texts for pair in rendered if isinstance(pair, _Rendered) and not pair.literals]
+        ids = iter(self._tokenized(plain))
+        return [
+            self._finish(pair, None if pair.literals else next(ids)) if isinstance(pair, _Rendered) else pair
+            for pair in rendered
+        ]
 
-    def _finish(self, pair: _Rendered, ids: Iterator[list[int]]) -> Encoded | Unusable:
-        """The pair's ids: the next three of `ids`, unless it needs special care."""
+    def _tokenized(self, pairs: Sequence[Sequence[str]]) -> list[list[list[int]] | Unusable]:
+        """The ids of each pair's texts. One that the tokenizer refuses is looked for in the halves."""
         try:
-            texts, literals = pair.texts, pair.literals
-            whole = self._special.tokenize_hidden(texts, literals) if literals else [next(ids) for _ in texts]
+            ids = iter(tokenize(self.tokenizer, [text for texts in pairs for text in texts]))
+            return [[next(ids) for _ in texts] for texts in pairs]
+        except Unusable as problem:
+            if len(pairs) == 1:
+                return [problem]
+            half = len(pairs) // 2
+            return [*self._tokenized(pairs[:half]), *self._tokenized(pairs[half:])]
+
+    def _finish(self, pair: _Rendered, ids: list[list[int]] | Unusable | None) -> Encoded | Unusable:
+        """The pair's ids: those of its texts, found out here if it needs special care."""
+        try:
+            whole = self._special.tokenize_hidden(pair.texts, pair.literals) if ids is None else ids
+            if isinstance(whole, Unusable):
+                return whole
+            self._special.refuse_leaks(pair.texts, whole)
             prompt, chosen, rejected = whole[0], self._response(*whole[:2]), self._response(whole[0], whole[2])
             if chosen == rejected:
                 raise Unusable("identical responses", "their tokens are the same")
@@ -185,6 +203,8 @@ class PairEncoder:
                 add_generation_prompt=add_generation_prompt,
                 date_string=self._date_string,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program: it may raise anything
             raise Unusable("template refuses the turns", first_line(error)) from error
         return str(text)
@@ -193,13 +213,16 @@ class PairEncoder:
         """What the template writes between the prompt and an answer. Raises ModelError where it cannot be used."""
         try:
             prompt = self._render([_QUESTION], add_generation_prompt=True)
-            whole = self._render([_QUESTION, {"role": "assistant", "content": "ANSWER"}])
-        except Unusable as error:
+            whole = self._render([_QUESTION, _ANSWER])
+        except (Unusable, MemoryError) as error:
+            reason = error.detail if isinstance(error, Unusable) else "it takes too much memory"
             raise ModelError(
-                f"the chat template cannot render a question and its answer: {error.detail}",
-                hint="give another one with data.chat_template",
+                f"the chat template cannot render a question and its answer: {reason}", hint=_OTHER
             ) from error
-        return whole[len(prompt) :].partition("ANSWER")[0] if whole.startswith(prompt) else ""
+        for text, message in ((prompt, _QUESTION), (whole, _QUESTION), (whole, _ANSWER)):
+            if message["content"] not in text:
+                raise ModelError(f"the chat template does not write what the {message['role']} says", hint=_OTHER)
+        return whole[len(prompt) :].partition(_ANSWER["content"])[0] if whole.startswith(prompt) else ""
 
     def _probe_system(self) -> bool:
         """True where the template has no place for a system turn: it refuses it, or leaves it out."""
@@ -232,7 +255,7 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:
-        raise ModelError(first_line(error), hint="give a template with data.chat_template") from error
+        raise ModelError(first_line(error), hint=_OTHER) from error
 
 
 def _parse_date(text: str) -> date:
@@ -244,4 +267,7 @@ def _parse_date(text: str) -> date:
 
 def _dated(template: str, today: date) -> str:
     """The template with today's date written where it asks for it: `strftime_now` cannot be passed in."""
-    return _STRFTIME.sub(lambda match: json.dumps(today.strftime(match.group(2))), template)
+    try:
+        return _STRFTIME.sub(lambda match: json.dumps(today.strftime(match.group(2))), template)
+    except ValueError as error:
+        raise ModelError(f"the chat template asks for a date that cannot be written: {error}", hint=_OTHER) from error

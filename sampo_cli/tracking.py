@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from sampo_cli.config import Recipe
-from sampo_cli.errors import UsageError
+from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.remote import first_line
 
 
 @contextmanager
-def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path) -> Iterator[None]:
+def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path, note: Callable[[str], object]) -> Iterator[None]:
     """The trackers of `output.report_to`, open inside and closed afterwards.
 
     Raises:
@@ -31,15 +32,45 @@ def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path) -> Iterator
             reason = f"--report-to {' '.join(trackers)}: {first_line(error)}"
             raise UsageError(reason, hint="log in to the tracker, or train without it") from error
     try:
+        with _writers_fail_quietly():
+            yield
+    finally:
+        try:
+            accelerator.end_training()
+        except Exception as error:
+            note(_lost(error))
+
+
+@contextmanager
+def _writers_fail_quietly() -> Iterator[None]:
+    """TensorBoard's thread keeps its exception for the next row; without a traceback of its own on the terminal."""
+    before = threading.excepthook
+
+    def hook(failure: Any) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
         yield
     finally:
-        accelerator.end_training()
+        threading.excepthook = before
 
 
-def track(accelerator: Accelerator, prefix: str, row: Mapping[str, Any]) -> None:
-    """Send a metrics row to the open trackers, if there are any."""
+def track(accelerator: Accelerator, prefix: str, row: Mapping[str, Any], note: Callable[[str], object]) -> None:
+    """Send a metrics row to the open trackers, if there are any. One that fails is let go, and `note` told: once."""
     numbers = {
         f"{prefix}/{key}": value for key, value in row.items() if key not in ("kind", "step") and value is not None
     }
-    if accelerator.trackers:
-        accelerator.log(numbers, step=row["step"])
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.log(numbers, step=row["step"])
+        except Interrupted:
+            raise
+        except Exception as error:
+            accelerator.trackers.remove(tracker)
+            note(_lost(error, tracker.name))
+
+
+def _lost(error: Exception, name: str = "a tracker") -> str:
+    return f"warning: {name} failed and gets no more rows: {first_line(error)}; training goes on, metrics.jsonl has all"

@@ -10,58 +10,43 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from sampo_cli import checkpoint, metrics
-from sampo_cli.batch import Draw, PairBatch, Pairs, row_positions
-from sampo_cli.budget import START_TOKENS, largest_that_fits, rehearse, worst_groups
-from sampo_cli.checks import check_gradient, check_reference
+from sampo_cli import checkpoint
+from sampo_cli.batch import Draw, PairBatch, row_positions
+from sampo_cli.budget import START_TOKENS, find_budget, memory_advice
+from sampo_cli.checks import check_evaluation, check_gradient, check_reference, refuse_or_skip
 from sampo_cli.config import Recipe
-from sampo_cli.errors import Interrupted
-from sampo_cli.feed import Feed
-from sampo_cli.lora import adopt_reference, save_adapter
+from sampo_cli.errors import is_out_of_memory
+from sampo_cli.feed import Feed, Split
+from sampo_cli.journal import Journal, View
+from sampo_cli.lora import adopt_reference
 from sampo_cli.losses import LossOutput, PairScores, add_likelihood
 from sampo_cli.methods import Method
 from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
 from sampo_cli.policy import Policy, reference, score_against_reference
-from sampo_cli.reference import LARGER, find_or_build, key_parts, score_pairs
+from sampo_cli.reference import reference_of
 from sampo_cli.rounds import Schedule, round_folder
 from sampo_cli.running import RewardMemory
 from sampo_cli.scores import Tally, pair_scores
 from sampo_cli.signals import StopRequest
-from sampo_cli.state import Machinery, Progress, load_state, put_back, write_state
-from sampo_cli.tracking import track
+from sampo_cli.state import (
+    Machinery,
+    Progress,
+    load_round,
+    load_state,
+    put_back,
+    save_checkpoint,
+    write_best,
+    write_round,
+)
 
 LEAST_EVAL_EVERY = 10
 """Where the recipe says nothing: a short run is not to be all evaluation."""
-
-
-class View(Protocol):
-    """Whatever shows the progress."""
-
-    def train_row(self, row: Mapping[str, Any]) -> None: ...
-    def eval_row(self, row: Mapping[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Split:
-    """The pairs, and which of them train and which are held out (indices into `pairs`).
-
-    `where` names the row that a pair id came from, for messages.
-    """
-
-    pairs: Pairs
-    train: list[int]
-    evaluation: list[int]
-    where: Callable[[int], str] = str
 
 
 class Trainer:
@@ -101,6 +86,7 @@ class Trainer:
             project_dir=folder,
             cpu=policy.causal_lm.device.type == "cpu",
         )
+        self.journal = Journal(folder, self.accelerator, view)
         self.raw_policy = policy
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.policy = self.accelerator.prepare_model(policy, device_placement=False)
@@ -153,34 +139,55 @@ class Trainer:
         return scores, out
 
     def train_step(self, indices: list[int], epoch: int) -> dict[str, Any]:
-        """One optimizer step over the pairs at `indices`, however many micro-batches that takes."""
-        tally = Tally()
+        """One optimizer step over the pairs at `indices`, however many micro-batches that takes.
+
+        Raises:
+            NumericsError: a loss or the gradient is not finite and such a step may not be skipped, or see `checks`.
+        """
+        tally, progress, scaler = Tally(), self.progress, self.accelerator.scaler
         for batch in self.feed.batches(indices, epoch):
             tally.add(batch, *self._backward(batch, len(indices)))
-        row = tally.row(self.split.where)
+        row = tally.row()
         row["learning_rate"] = self.scheduler.get_last_lr()[0]
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
-        scaled = self.accelerator.scaler is not None
-        self.progress.zero_gradients = check_gradient(norm, row["loss"], self.progress.zero_gradients, scaled=scaled)
+        norm = math.nan
+        if not row["nonfinite"]:
+            norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
         row["grad_norm"] = norm if math.isfinite(norm) else None  # float16's scaler skips such a step
-        self.optimizer.step()
+        if math.isfinite(norm) or (scaler is not None and not row["nonfinite"]):
+            progress.zero_gradients = check_gradient(norm, row["loss"], progress.zero_gradients)
+            self.optimizer.step()
+            self.memory.update(row["chosen_reward"], row["rejected_reward"], row["pairs"])
+            progress.skipped_in_a_row = 0
+        else:
+            where = [self.split.where(pair) for pair in tally.broken() or tally.pair_ids()]
+            self.view.note(refuse_or_skip(progress, self.recipe.train, bool(row["nonfinite"]), where, row["pairs"]))
+            row["nonfinite"] = row["nonfinite"] or row["pairs"]
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.memory.update(row["chosen_reward"], row["rejected_reward"], row["pairs"])
         return row
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
-        """Metrics over the held-out pairs, whose positions are those of epoch 0 every time."""
+    def evaluate(self, stop: StopRequest | None = None) -> dict[str, Any]:
+        """Metrics over the held-out pairs, whose positions are those of epoch 0 every time.
+
+        Raises:
+            Interrupted: `stop` was set meanwhile.
+            NumericsError: a loss is not finite, and `train.on_nonfinite` is stop or all are like that.
+        """
         tally = Tally()
         self.policy.eval()
         try:
             for batch in self.feed.batches(self.split.evaluation, epoch=0):
+                if stop:
+                    raise stop.after(self.progress.step, self.steps, self.folder)
                 scores = self.scores(batch)
                 tally.add(batch, scores, self.loss(scores))
         finally:
             self.policy.train()
-        return {"kind": "eval", "step": self.progress.step, **tally.row(self.split.where)}
+        row = {"kind": "eval", "step": self.progress.step, **tally.row()}
+        if row["nonfinite"]:
+            check_evaluation(row, self.recipe.train, [self.split.where(pair) for pair in tally.broken()])
+        return row
 
     def find_budget(self) -> None:
         """Try the micro-batches that need most memory, and halve `feed.tokens` until they fit.
@@ -188,21 +195,19 @@ class Trainer:
         Raises:
             OutOfMemory: they do not, with the budget that the recipe gives or with one pair at a time.
         """
-        settings, train = self.recipe.train, np.array(self.split.train)
+        settings, train, progress = self.recipe.train, self.split.train, self.progress
         widths = row_positions(self.split.pairs, self.raw_policy.layout)[train]
-        most_pairs = min(settings.pairs_per_microbatch or settings.batch_pairs, settings.batch_pairs)
+        start = settings.tokens_per_microbatch or progress.tokens_per_microbatch or self.feed.tokens
 
-        def attempt(tokens: int) -> None:
-            for group in worst_groups(widths, tokens, most_pairs):
-                rehearse(partial(self._backward, self.feed.group(train[group].tolist()), 1), self.parameters, settings)
+        def backward(group: list[int]) -> None:
+            self._backward(self.feed.group([train[index] for index in group]), 1)
 
-        given = settings.tokens_per_microbatch
-        start = given or self.progress.tokens_per_microbatch or self.feed.tokens
-        tokens = largest_that_fits(start, int(widths.max()), attempt, halve=given is None)
-        if tokens != self.progress.tokens_per_microbatch:
+        tokens = find_budget(widths, start, settings, backward, self.parameters)
+        if tokens != progress.tokens_per_microbatch:
+            given = settings.tokens_per_microbatch is not None
             found = "as given" if given else "found by trying the worst micro-batch of the run"
             self.view.note(f"budget: at most {tokens:,} positions a forward pass, {found}")
-        self.feed.tokens = self.progress.tokens_per_microbatch = tokens
+        self.feed.tokens = progress.tokens_per_microbatch = tokens
 
     def prepare_reference(self, stop: object = False) -> None:
         """Where the recipe wants it, take the reference's log-probs of this round from disk; work them out if need be.
@@ -214,15 +219,10 @@ class Trainer:
         wanted = setting == "on" or (setting == "auto" and self.schedule.repeats(number))
         self.feed.reference = None
         if wanted and self.method.caches_reference:
-            tokens = LARGER * self.feed.tokens
-            self.feed.reference = find_or_build(
-                key_parts(self.raw_policy, self.identity),
-                f"{self.recipe.model.name}{f', round {number + 1}' if number else ''}",
-                self.split.pairs,
-                sorted(self.split.train + self.split.evaluation),
-                lambda pairs: score_pairs(self.policy, pairs, tokens),
-                self.view.note,
-                stop,
+            of = f"{self.recipe.model.name}{f', round {number + 1}' if number else ''}"
+            indices = sorted(self.split.train + self.split.evaluation)
+            self.feed.reference = reference_of(
+                self.policy, self.split.pairs, indices, self.identity, of, self.feed.tokens, self.view.note, stop
             )
 
     def begin_round(self, stop: StopRequest) -> None:
@@ -240,40 +240,47 @@ class Trainer:
         Raises:
             Interrupted: `stop` was set; the state is saved.
             NumericsError: see `train_step` and `check_reference`.
+            OutOfMemory: the device has no room; the newest checkpoint is as it was.
+            SampoError: the disk is full; so are the earlier checkpoints.
         """
+        progress, begun = self.progress, -1
+        try:
+            while progress.step < self.steps or progress.evaluation_due:
+                if progress.step == self.schedule.ends[progress.round] and not progress.evaluation_due:
+                    self.next_round()
+                if begun != progress.round:
+                    self.begin_round(stop)
+                    begun = progress.round
+                if progress.evaluation_due:
+                    self._evaluate_and_save(stop)
+                else:
+                    self._advance(stop)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise memory_advice(error, self.folder, progress.step, self.feed.tokens) from error
+
+    def _advance(self, stop: StopRequest) -> None:
+        """One step and its row; a checkpoint where it is time for one, and before an evaluation, which may fail."""
         progress, schedule = self.progress, self.schedule
-        begun = False
-        while progress.step < self.steps:
-            if progress.step == schedule.ends[progress.round]:
-                self.next_round()
-                begun = False
-            if not begun:
-                self.begin_round(stop)
-                begun = True
-            indices, epoch = schedule.pairs(progress.step, progress.round)
-            if progress.step + 1 < schedule.ends[progress.round]:
-                self.feed.look_ahead(*schedule.pairs(progress.step + 1, progress.round))
-            started = time.perf_counter()
-            row = self.train_step(indices, epoch)
-            progress.step += 1
-            self._record_step(row, time.perf_counter() - started)
-            last, ends = progress.step == self.steps, progress.step in schedule.ends
-            if self.split.evaluation and (ends or progress.step % self.eval_every == 0):
-                self._record_evaluation()
-            if ends or stop or progress.step % self.recipe.train.save_every == 0:
-                self.save()
-            if stop and not last:
-                raise Interrupted(
-                    f"stopped after step {progress.step} of {self.steps}; everything so far is saved",
-                    hint=f"go on with: sampo train --resume {self.folder}",
-                    terminated=stop.terminated,
-                )
+        indices, epoch = schedule.pairs(progress.step, progress.round)
+        if progress.step + 1 < schedule.ends[progress.round]:
+            self.feed.look_ahead(*schedule.pairs(progress.step + 1, progress.round))
+        started = time.perf_counter()
+        row = self.train_step(indices, epoch)
+        progress.step += 1
+        self._record_step(row, time.perf_counter() - started)
+        ends = progress.step in schedule.ends
+        progress.evaluation_due = bool(self.split.evaluation) and (ends or progress.step % self.eval_every == 0)
+        if progress.evaluation_due or ends or stop or progress.step % self.recipe.train.save_every == 0:
+            self.save()
+        if stop and (progress.step < self.steps or progress.evaluation_due):
+            raise stop.after(self.progress.step, self.steps, self.folder)
 
     def next_round(self) -> None:
         """The policy becomes the frozen reference; optimizer, schedule, best adapter and memory start again."""
         progress, kept = self.progress, round_folder(self.folder, self.progress.round)
-        with checkpoint.whole_folder(kept) as aside:
-            save_adapter(self.raw_policy, aside)
+        write_round(kept, self.machinery)
         adopt_reference(self.raw_policy, kept)
         progress.rounds = [*progress.rounds, progress.last_evaluation]
         progress.round, progress.best, progress.best_row = progress.round + 1, None, None
@@ -296,29 +303,26 @@ class Trainer:
             "memory_bytes": memory_bytes(self.accelerator.device),
             "seconds": seconds,
         }
-        metrics.append(self.folder / "metrics.jsonl", row)
-        track(self.accelerator, "train", row)
-        self.view.train_row(row)
+        self.journal.write(row)
 
-    def _record_evaluation(self) -> None:
-        row = self.progress.last_evaluation = self.evaluate()
-        metric = self.recipe.output.best_metric
+    def _evaluate_and_save(self, stop: StopRequest) -> None:
+        """The evaluation that is due, the best adapter if this is it, and a checkpoint that knows of both."""
+        row = self.evaluate(stop)
+        metric, progress = self.recipe.output.best_metric, self.progress
         better = -row[metric] if metric == "loss" else row[metric]
-        if self.progress.best is None or better > self.progress.best:
-            self.progress.best, self.progress.best_row = better, row
-            with checkpoint.whole_folder(self.folder / checkpoint.BEST) as aside:
-                save_adapter(self.raw_policy, aside)
-        metrics.append(self.folder / "metrics.jsonl", row)
-        track(self.accelerator, "eval", row)
-        self.view.eval_row(row)
+        if progress.best is None or better > progress.best:
+            progress.best, progress.best_row = better, row
+            write_best(self.folder, self.machinery)
+        progress.last_evaluation, progress.evaluation_due = row, False
+        self.journal.write(row)
+        self.save()
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        with checkpoint.whole_folder(checkpoint.step_folder(self.folder, self.progress.step)) as aside:
-            checkpoint.link_folder(self.folder / checkpoint.BEST, aside / checkpoint.BEST)
-            self.progress.rewards = self.memory.state_dict()
-            write_state(aside, self.machinery, vars(self.progress), self.identity)
-        checkpoint.prune(self.folder, self.recipe.train.keep_checkpoints)
+        self.journal.put_on_disk()
+        self.progress.rewards = self.memory.state_dict()
+        facts = {"identity": self.identity, "recipe": self.recipe.model_dump(mode="json")}
+        save_checkpoint(self.folder, self.machinery, self.progress, facts, self.recipe.train.keep_checkpoints)
         self.on_save()
 
     def restore(self, folder: Path) -> None:
@@ -327,15 +331,16 @@ class Trainer:
         What the run did after that step (rows, checkpoints, a better adapter) is dropped, as it will be done again.
 
         Raises:
-            UsageError: the run's data or base are not what they were.
+            UsageError: the run's data or base are not what they were, or the checkpoint cannot be read.
         """
         state = load_state(folder, self.identity)
         self.progress = Progress(**state["progress"])
+        self.schedule.refuse_elsewhere(self.progress.step, self.progress.round)
         if self.progress.round:
-            adopt_reference(self.raw_policy, round_folder(self.folder, self.progress.round - 1))
+            load_round(round_folder(self.folder, self.progress.round - 1), self.machinery)
             self._prepare_optimizer()
         if self.progress.rewards:
             self.memory.load_state_dict(self.progress.rewards)
         put_back(state, folder, self.machinery)
-        metrics.forget_after(self.folder / "metrics.jsonl", self.progress.step)
         checkpoint.forget_after(self.folder, folder)
+        self.journal.go_back(self.progress.step, evaluated=not self.progress.evaluation_due)

@@ -43,9 +43,10 @@ METRICS = [
     ("kept_tokens", BOTH, "response tokens that the reduction counts, sum over pairs"),
     ("response_tokens", BOTH, "all response tokens, sum over pairs"),
     ("pairs", BOTH, "pairs of this step, or held-out pairs"),
+    ("nonfinite", BOTH, "pairs left out as something was not finite, with `train.on_nonfinite: skip`; 0 otherwise"),
     ("computed_tokens", BOTH, "positions of one forward pass over these pairs, padding included"),
     ("learning_rate", TRAIN, "the rate of this step"),
-    ("grad_norm", TRAIN, "norm of the adapter's gradient before clipping"),
+    ("grad_norm", TRAIN, "norm of the adapter's gradient before clipping; null for a step that was skipped"),
     ("tokens_per_second", TRAIN, "`computed_tokens` by the wall-clock time of the step"),
     ("memory_bytes", TRAIN, "peak allocated bytes on a GPU; resident bytes of the process on a CPU"),
     ("seconds", TRAIN, "wall-clock time of the step"),
@@ -62,6 +63,7 @@ ENVIRONMENT = [
 _PROCESS_CODES = {
     ExitCode.OK: "The command did what was asked.",
     ExitCode.FAILURE: "Anything that has no code of its own, such as a full disk or a bug.",
+    ExitCode.HANGUP: "SIGHUP: the terminal was closed. A run that was training has saved itself; `--resume` goes on.",
     ExitCode.INTERRUPTED: "Ctrl-C. A run that was training has saved itself; `--resume` goes on.",
     ExitCode.TERMINATED: "SIGTERM. A run that was training has saved itself; `--resume` goes on.",
 }

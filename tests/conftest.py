@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -12,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = (
 import pytest
 
 from tests import tiny
+from tests.warm import Warm
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +29,14 @@ def shared() -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of 2 layers, a byte-level tokenizer and a chat template."""
     return tiny.save_model(tiny.CONFIGS["llama"](), tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Runs commands in processes of their own that start at once."""
+    process = Warm(tmp_path_factory.mktemp("warm"))
+    yield process
+    process.close()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from sampo_cli.card import hub_id, model_card
+from sampo_cli.card import model_card
+from sampo_cli.card_facts import hub_id
 from sampo_cli.errors import ModelError
 from sampo_cli.methods import METHODS
 
@@ -147,7 +149,7 @@ def test_a_relative_folder_that_looks_like_a_name_is_local(tmp_path: Path) -> No
     (tmp_path / "models" / "llama").mkdir(parents=True)
     elsewhere = tmp_path / "outputs" / "run"
     assert hub_id("models/llama", near=elsewhere) is None
-    assert hub_id("models/llama", near=elsewhere, commit=COMMIT) == "models/llama"
+    assert hub_id("models/llama", near=elsewhere, certain=True) == "models/llama"
     assert hub_id("meta-llama/x", near=elsewhere) == "meta-llama/x"
     names = ("", None, "/abs/x", "./x", "~/x", "a/b/c", "a b/c", "a\\b", "a--b/c", "x.jsonl", "a/b.git")
     assert [name for name in names if hub_id(name, near=elsewhere)] == []
@@ -159,6 +161,88 @@ def test_markdown_in_the_data_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     card = model_card(make_run(tmp_path / "run", summary))
     row = next(line for line in card.splitlines() if "bad" in line)
     assert row == r"| dropped: bad \| cell \[x\]\(http://evil\) &lt;script&gt; \# head \`code\` \$x\$ | 5 |"
+
+
+HOSTILE = [
+    "a`b``c",
+    "a | b",
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[click](https://evil.example)",
+    "![x](https://evil.example/x.png)",
+    "# Heading",
+    "a\n# Heading",
+    "a\n---\nlicense: evil\n---",
+    "x\n\n```\n<script>",
+    "{{ 1 }} {% raw %} $x$ ~~x~~ *x* _x_ \\\\",
+    "a\x1b[31mred",
+    "\u202eabc",
+    "x: y\nz: [",
+    "&lt;script&gt;",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_whatever_the_files_say_is_text(tmp_path: Path, text: str) -> None:
+    """The same lines, headings, code blocks and front matter as with the word "plain" in all these places."""
+
+    def card(word: object, folder: str) -> str:
+        summary = SUMMARY | {
+            "model": SUMMARY["model"] | {"name": word, "commit": word, "adapter": word, "quantization": word},
+            "method": {"name": word, "beta": word, "reduction": [word, word]},
+            "pairs": SUMMARY["pairs"] | {"dropped": {str(word): 3}, "rows": word},
+            "evaluation": {"step": word, "loss": word},
+            "generated": {"prompts": word},
+            "versions": {str(word): word},
+            **{"device": word, "adapter_step": word, "rounds": [{"margin": word}], "state": "finished"},
+        }
+        recipe = RECIPE | {
+            "data": {"sources": [word, "Intel/orca_dpo_pairs"]},
+            "lora": {"r": word, "targets": [word]},
+            "train": {"optimizer": word},
+        }
+        run = make_run(tmp_path / folder, summary, recipe)
+        (run / "adapter" / "sampo.json").write_text(json.dumps({"base_model": word, "method": word}))
+        return model_card(run, repo="tester/tiny")
+
+    hostile, plain = card(text, "hostile"), card("plain text", "plain")
+    shown, expected = (card.partition("\n---\n\n")[2] for card in (hostile, plain))
+    assert shown.count("\n") == expected.count("\n") > 60
+    marks = [[line for line in text.splitlines() if line.startswith(("#", "---", "```"))] for text in (shown, expected)]
+    assert marks[0] == marks[1]
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert all(len(re.split(r"(?<!\\)\|", row)) == 4 for row in rows)
+    outside_of_code = "".join(shown.split("```")[::2])
+    assert not re.search(r"<\w|(?<!\\)\[click|(?<!\\)`a|[\x00-\x09\x0b-\x1f\x7f\u202e]", outside_of_code)
+    data = front_matter(hostile)
+    assert set(data) == {"datasets", "library_name", "pipeline_tag", "tags"}
+    assert data["tags"] == ["lora", "peft"]
+    assert "Intel/orca_dpo_pairs" in data["datasets"]
+
+
+@pytest.mark.parametrize(
+    "commit", ["../../x", 'main"\n```\n<script>', "main", COMMIT.upper(), COMMIT + "\n", 7, [COMMIT]]
+)
+def test_a_commit_is_forty_hex_digits(tmp_path: Path, commit: object) -> None:
+    """It goes into the example's code and into a path of the cache, and says that the base is no local folder."""
+    summary = SUMMARY | {"model": SUMMARY["model"] | {"commit": commit}}
+    card = model_card(make_run(tmp_path / "run", summary), repo="tester/tiny")
+    assert front_matter(card)["base_model"] == BASE
+    assert "revision=" not in card
+    assert "script" not in card
+    (tmp_path / BASE).mkdir(parents=True)
+    assert "base_model" not in front_matter(model_card(tmp_path / "run", repo="tester/tiny"))
+
+
+@pytest.mark.parametrize("value", [None, True, 3, 1e400, "x", [], [[[]]], {}, {"a": {"b": []}}, "\x00"])
+@pytest.mark.parametrize("key", ["model", "method", "pairs", "steps", "evaluation", "generated", "versions", "rounds"])
+def test_values_of_other_types_do_no_harm(tmp_path: Path, key: str, value: object) -> None:
+    card = model_card(make_run(tmp_path / "run", SUMMARY | {"state": value}), repo="tester/tiny")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(SUMMARY | {key: value}))
+    for section in ("data", "lora", "method", "train"):
+        (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {section: value, key: value}))
+        assert front_matter(model_card(tmp_path / "run", repo="tester/tiny"))["pipeline_tag"] == "text-generation"
+    assert "# tiny" in card
 
 
 @pytest.mark.parametrize(

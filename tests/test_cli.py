@@ -104,7 +104,7 @@ FLAGS = {
     "cache list": "--json --debug",
     "cache clear": "--quiet --json --debug",
     "data": "--model --max-length --row --set --quiet --json --debug",
-    "merge": "--base --output --dtype --quiet --json --debug",
+    "merge": "--base --output --dtype --trust-remote-code --quiet --json --debug",
     "push-to-hub": "--repo --merged --public --dry-run --quiet --json --debug",
 }
 
@@ -335,7 +335,7 @@ def test_usage_errors(
     (tmp_path / "file").write_text("")
     assert "cannot be made" in refuses(usage, *train_flags(tiny_llama, pairs_file, tmp_path / "file" / "run"))
     assert "nothing to resume" in refuses(usage, "train", "--resume", tmp_path)
-    assert "method.beta would change" in refuses(usage, "train", "--resume", finished, "--beta", "0.5")
+    assert "method.beta: 0.1 → 0.5" in refuses(usage, "train", "--resume", finished, "--beta", "0.5")
     (tmp_path / "bad.yaml").write_text("model:\n  name: [x\n")
     assert "bad.yaml:3:1: not YAML" in refuses(usage, "train", "--recipe", tmp_path / "bad.yaml")
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,25 @@ def shared_gpt(*turns: tuple[str, str]) -> list[dict[str, str]]:
             EXPECTED,
             id="text-parts",
         ),
+        pytest.param(
+            {
+                "prompt": [{"role": None, "content": None, "from": "human", "value": "2+2?"}],
+                "chosen": "4",
+                "rejected": "5",
+            },
+            EXPECTED,
+            id="nulls-of-other-rows",
+        ),
+        pytest.param(
+            {"prompt": [{"role": "user", "content": [{"type": None, "text": "2+2?"}]}], "chosen": "4", "rejected": "5"},
+            EXPECTED,
+            id="part-without-type",
+        ),
+        pytest.param(
+            {"question": "2+2?", "chosen": None, "rejected": None, "response_j": "4", "response_k": "5"},
+            EXPECTED,
+            id="answers-of-other-rows",
+        ),
         pytest.param({"prompt": "2+2?", "chosen": "\n 4 ", "rejected": "5\n", "score": 1.5}, EXPECTED, id="stripped"),
         pytest.param(
             {"prompt": [USER, says("tool?"), {"role": "tool", "content": "4"}], "chosen": "4", "rejected": "5"},
@@ -186,6 +206,31 @@ def test_unusable(row: object, reason: str) -> None:
     with pytest.raises(Unusable) as problem:
         read_row(row)
     assert problem.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("role", "shown"),
+    [
+        ("root\x1b[31m\n\ud800\u202e", r"root\x1b[31m\n\ud800\u202e"),
+        ("x" * 400, "x" * 40),
+        ([[[["deep"] * 50]]], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_a_stranger_wrote_is_shown_on_one_line(role: object, shown: str) -> None:
+    with pytest.raises(Unusable) as problem:
+        read_row({"prompt": [{"role": role, "content": "a"}], "chosen": "b", "rejected": "c"})
+    assert problem.value.detail == shown
+    assert str(problem.value) == f"unknown role: {shown}"
+
+
+def test_a_speaker_who_never_stops_is_not_joined_turn_by_turn() -> None:
+    """4 MB took 4.8 seconds, and four times as much sixteen times as long."""
+    start = "\n\nHuman: " + "a" * 10
+    seconds = time.process_time()
+    conversation = read_row({"prompt": start * 200_000, "chosen": "b", "rejected": "c"})
+    assert time.process_time() - seconds < 2
+    assert conversation.prompt == [{"role": "user", "content": "\n\n".join(["a" * 10] * 200_000)}]
 
 
 def test_many_turns_and_long_texts() -> None:

@@ -5,21 +5,148 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sampo_cli.batch import Draw, collate
+from sampo_cli.batch import Draw, Pair, PairBatch, collate
 from sampo_cli.config import LoraSection, ModelConfig
+from sampo_cli.logprobs import Head, chunk_rows, token_logps
 from sampo_cli.model import load_policy
-from sampo_cli.policy import reference
+from sampo_cli.policy import Policy, reference
 from tests import tiny
+from tests.test_attention import FLEXIBLE, traced
 from tests.test_cli import succeeds, train_flags
 from tests.test_layout import ATTENTION, make_pairs
+from tests.test_logprobs import plain
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+TOLERANCES = {"float32": (2e-5, 2e-3), "bfloat16": (0.3, 0.1)}
+"""Nats of one token, and share of a gradient's norm, by which two ways to compute the same may differ."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """torch compiles a function for a handful of models only, and each test brings another."""
+    torch._dynamo.reset()
+
+
+def random_batch(lengths: list[tuple[int, int, int]]) -> PairBatch:
+    generator = np.random.default_rng(0)
+    pairs = [Pair(i, *(generator.integers(3, 300, n, dtype=np.int32) for n in row)) for i, row in enumerate(lengths)]
+    return collate(pairs, Draw("sum", 0, 0)).to("cuda")
+
+
+def outcome(policy: Policy, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and the gradient of all adapter weights, of an adapter that is not zero."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    trained = [(name, weight) for name, weight in policy.named_parameters() if weight.requires_grad]
+    for name, weight in trained:
+        weight.grad = None
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05, generator=generator)
+    logps = policy(batch)
+    (logps * torch.linspace(-1, 1, len(logps), device="cuda")).sum().backward()
+    return logps.detach(), torch.cat([weight.grad.flatten() for _, weight in trained])
+
+
+def load(folder: Path, checkpointing: str = "all", offload: bool = False, **model: object) -> tuple:
+    config = ModelConfig(name=str(folder), **model)
+    return load_policy(config, LoraSection(r=4), seed=0, checkpointing=checkpointing, offload=offload)
+
+
+def assert_alike(one: tuple, other: tuple, dtype: str) -> None:
+    nats, share = TOLERANCES[dtype]
+    torch.testing.assert_close(one[0], other[0], atol=nats, rtol=0)
+    assert (one[1] - other[1]).norm() < share * other[1].norm()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("name", FLEXIBLE)
+def test_flex_gives_log_probs_and_gradients_of_sdpa(name: str, dtype: str, tmp_path: Path) -> None:
+    folder = tiny.save_model(tiny.CONFIGS[name](), tmp_path / name)
+    batch = random_batch([(120, 50, 140), (200, 170, 30), (3, 9, 9)])
+    settings = {"quantization": "none", "dtype": dtype, "kernels": "none"}
+    flex, facts = load(folder, attention="flex", **settings)
+    assert facts.attention == "flex"
+    assert flex.inputs(batch)["input_ids"].shape == (1, 1280)  # three rows of 400
+    assert_alike(outcome(flex, batch), outcome(load(folder, attention="sdpa", **settings)[0], batch), dtype)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("llama", "flex"), ("gpt2", "sdpa"), ("gemma2", "eager")])
+def test_auto_takes_flex_where_the_architecture_has_it(name: str, expected: str, tmp_path: Path) -> None:
+    facts = load(tiny.save_model(tiny.CONFIGS[name](), tmp_path / name), quantization="none")[1]
+    assert facts.attention.split(" ")[0] == expected
+    assert ("cannot use flex attention" in facts.attention) == (expected != "flex")
+
+
+def test_flex_is_compiled_a_few_times_for_any_lengths_and_numbers_of_pairs(tiny_llama: Path) -> None:
+    policy, _ = load(tiny_llama, quantization="none")
+    assert policy.flex
+    before, generator = traced(), np.random.default_rng(1)
+    for pairs in (1, 1, 2, 3, 5, 8, 1, 4, 6, 2, 7, 1, 3):
+        batch = random_batch(generator.integers(1, 160, (pairs, 3)).tolist())
+        with reference(policy):
+            policy(batch)
+        outcome(policy, batch)
+    assert traced() - before <= 3
+
+
+@pytest.mark.parametrize(("checkpointing", "offload"), [("none", False), ("selective", False), ("all", True)])
+def test_whatever_is_kept_for_backward_flex_gives_the_same(tiny_llama: Path, checkpointing: str, offload: bool) -> None:
+    batch, settings = random_batch([(120, 50, 140), (200, 170, 30)]), {"quantization": "none", "attention": "flex"}
+    expected = outcome(load(tiny_llama, **settings)[0], batch)
+    policy, _ = load(tiny_llama, checkpointing, offload, **settings)
+    assert_alike(outcome(policy, batch), expected, "bfloat16")
+
+
+def test_flex_keeps_no_mask_of_a_long_row(tiny_llama: Path) -> None:
+    peaks, batch = {}, random_batch([(4000, 2000, 2000)] * 2)
+    for attention in ("flex", "sdpa"):
+        policy, _ = load(tiny_llama, quantization="none", attention=attention)
+        policy.pieces_from = None
+        outcome(policy, batch)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outcome(policy, batch)
+        peaks[attention] = torch.cuda.max_memory_allocated() - before
+    assert peaks["flex"] < peaks["sdpa"] - 2 * 8000 * 8000  # at the least its boolean mask
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi3"])
+def test_kernels_give_the_same_log_probs_and_gradients(name: str, dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel")
+    folder = tiny.save_model(tiny.CONFIGS[name](), tmp_path / name)
+    batch = random_batch([(120, 50, 140), (200, 170, 30), (3, 9, 9)])
+    fused, facts = load(folder, quantization="none", dtype=dtype)
+    assert facts.kernels.startswith("liger (")
+    assert "RMSNorm" in facts.kernels
+    assert "rotary" in facts.kernels
+    without, facts = load(folder, quantization="none", dtype=dtype, kernels="none")
+    assert facts.kernels == "none"
+    assert_alike(outcome(fused, batch), outcome(without, batch), dtype)
+    with reference(fused), reference(without):
+        torch.testing.assert_close(fused(batch), without(batch), atol=TOLERANCES[dtype][0], rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_chunked_log_probs_and_gradients(softcap: float | None) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(128_256, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(3000, 64, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    assert len(hidden) > chunk_rows(128_256, hidden.device)
+    exact = hidden.detach().float().requires_grad_()
+    targets = torch.randint(0, 128_256, (3000,), generator=generator, device="cuda")
+    value = token_logps(hidden, targets, Head(weight, softcap=softcap))
+    expected = plain(exact, targets, Head(weight.float(), softcap=softcap))
+    torch.testing.assert_close(value, expected, atol=0.2, rtol=0)  # logits of 30 and more, rounded to bfloat16
+    value.sum().backward()
+    expected.sum().backward()
+    assert (hidden.grad - exact.grad).norm() < 0.02 * exact.grad.norm()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -24,9 +24,10 @@ from typing import Any
 
 import pytest
 
-from sampo_cli import hub
+from sampo_cli import hub, upload
 from sampo_cli.errors import ExitCode, HubError, ModelError, SampoError, UsageError
-from sampo_cli.hub import PushFile, PushPlan, PushResult
+from sampo_cli.hub import PushFile, PushPlan
+from sampo_cli.upload import PushResult
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,8 +104,8 @@ def push_there(plan: PushPlan, token: str | None, waits: tuple[float, ...]) -> P
     os.environ.pop("HF_TOKEN", None)
     if token is not None:
         os.environ["HF_TOKEN"] = token
-    hub.RETRY_WAITS = waits
-    return hub.push(plan)
+    upload.RETRY_WAITS = waits
+    return upload.push(plan)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ Push = Callable[..., PushResult]
 
 @pytest.fixture
 def push(server: HubServer, client: ProcessPoolExecutor) -> Push:
-    """`hub.push` in the client's process, with waits of 10 ms between its own tries; the server is emptied before."""
+    """`upload.push` in the client's process, with waits of 10 ms between its tries; the server is emptied before."""
     for store in (server.repos, server.objects, server.requests, server.faults):
         store.clear()
     server.part_size = None
@@ -417,7 +418,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 PUSH = """
-from sampo_cli.hub import PushFile, PushPlan, push
+from sampo_cli.hub import PushFile, PushPlan
+from sampo_cli.upload import push
 from sampo_cli.errors import SampoError
 try:
     push(PushPlan("tester/tiny", True, (PushFile("README.md", 1, b"x"),), "x"))
@@ -473,7 +475,7 @@ def sha256(files: dict[str, bytes]) -> dict[str, str]:
 
 
 def test_models_and_data_are_fetched_whole_and_then_read_offline(tmp_path: Path) -> None:
-    model = {"config.json": b"{}", "model.safetensors": os.urandom(12_000_000), "tokenizer.json": b"{}"}
+    model = {"config.json": b"{}", "model.safetensors": safetensors(3_000_000), "tokenizer.json": b"{}"}
     data = {"orca_rlhf.jsonl": b'{"question": "?"}\n' * 99, "README.md": b"---\nlicense: mit\n---\n"}
     llama, orca = ("meta-llama/Meta-Llama-3-8B-Instruct", "model"), ("Intel/orca_dpo_pairs", "dataset")
     with HubServer() as server:

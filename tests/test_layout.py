@@ -10,7 +10,7 @@ import torch
 
 from sampo_cli.batch import Draw, Pair, collate
 from sampo_cli.errors import ModelError
-from sampo_cli.policy import Policy, check_head, find_layout, layer_windows, pair_mask
+from sampo_cli.policy import Policy, check_head, find_layout
 from tests import tiny
 
 ATTENTION = [name for name in tiny.CONFIGS if name != "mamba"]
@@ -32,17 +32,6 @@ def plain_logps(model: torch.nn.Module, pair: Pair) -> torch.Tensor:
         logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         parts.append(logps[len(pair.prompt) - 1 :])
     return torch.cat(parts)
-
-
-def test_mask_by_hand() -> None:
-    # prompt prompt chosen chosen rejected padding
-    segments = torch.tensor([[0, 0, 1, 1, 2, -1]], dtype=torch.int8)
-    positions = torch.tensor([[0, 1, 2, 3, 2, 0]])
-    expected = ["100000", "110000", "111000", "111100", "110010", "110001"]
-    assert ["".join(str(int(x)) for x in row) for row in pair_mask(segments, positions)[0, 0]] == expected
-    # A window of 2 positions: the rejected token (position 2) sees position 1 and itself.
-    expected = ["100000", "110000", "011000", "001100", "010010", "110001"]
-    assert ["".join(str(int(x)) for x in row) for row in pair_mask(segments, positions, 2)[0, 0]] == expected
 
 
 @pytest.mark.parametrize("layout", ["shared", "separate"])
@@ -121,10 +110,3 @@ def test_an_output_layer_that_does_more_is_refused() -> None:
     model.forward = scaled
     with pytest.raises(ModelError, match="output layer does more"):
         check_head(Policy(model))
-
-
-def test_unknown_layer_types_are_named() -> None:
-    config = tiny.CONFIGS["gemma3"]()
-    config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ValueError, match="linear_attention"):
-        layer_windows(config)

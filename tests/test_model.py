@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from sampo_cli.batch import Draw, collate
+from sampo_cli.checks import ROUNDED_TOLERANCE
 from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.errors import ModelError
 from sampo_cli.lora import load_adapter_weights, lora_section, save_adapter
 from sampo_cli.model import load_policy, pick_dtype
 from sampo_cli.policy import Policy, reference
-from sampo_cli.trainer import DORA_TOLERANCE
 from tests import tiny
 from tests.test_layout import make_pairs
 
@@ -234,7 +234,7 @@ def test_dora_and_rslora_start_at_the_reference(tiny_llama: Path) -> None:
     with reference(policy):
         before = logps(policy)
     # Not exactly: DoRA multiplies by norm / norm, rounded in the compute dtype.
-    assert (logps(policy) - before).abs().mean() < DORA_TOLERANCE
+    assert (logps(policy) - before).abs().mean() < ROUNDED_TOLERANCE
 
 
 def test_missing_and_pickled_models_are_told_apart(tmp_path: Path) -> None:

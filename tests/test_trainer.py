@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from sampo_cli import batch, checkpoint, metrics
 from sampo_cli.batch import Pair
 from sampo_cli.config import Recipe
 from sampo_cli.errors import Interrupted, NumericsError, UsageError
+from sampo_cli.feed import Split
 from sampo_cli.methods import METHODS
 from sampo_cli.model import load_policy
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.signals import StopRequest
-from sampo_cli.trainer import Split, Trainer
+from sampo_cli.trainer import Trainer
 from tests import tiny
 
 
@@ -239,13 +241,144 @@ def test_evaluation_repeats_exactly(tiny_llama: Path, tmp_path: Path) -> None:
     assert trainer.policy.training
 
 
-def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tiny_llama: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(make_recipe(tiny_llama), tmp_path / "run")
-    poisoned = trainer.split.pairs[2].chosen[0]
-    trainer.raw_policy.causal_lm.get_input_embeddings().weight.data[poisoned] = float("nan")
-    long_enough = [i for i, pair in enumerate(trainer.split.pairs) if len(pair.chosen) > 1]
-    with pytest.raises(NumericsError, match=f"row {long_enough[0]}"):
-        trainer.train_step(long_enough[:3], 0)
+def poisoned(base: Path, folder: Path, *broken: int, held_out: int = 0, **train: Any) -> Trainer:
+    """Of 12 pairs those at `broken` have a token whose embedding is NaN in their chosen response."""
+    pairs = make_pairs()
+    for index in broken:
+        pairs[index] = replace(pairs[index], chosen=np.full(5, 70, np.int32))
+    trainer = make_trainer(make_recipe(base, train=train), folder, pairs, held_out=held_out)
+    trainer.raw_policy.causal_lm.get_input_embeddings().weight.data[70] = float("nan")
+    trainer.identity = {"the data": f"broken {broken}", "the base": "broken"}  # no reference for another test
+    return trainer
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = poisoned(tiny_llama, tmp_path / "run", 3, 5)
+    with pytest.raises(
+        NumericsError, match=r"step 1: the loss is not finite for 2 of 4 pairs: row [35], row [35]$"
+    ) as e:
+        trainer.train_step([2, 3, 4, 5], 0)
+    assert "train.on_nonfinite=skip" in e.value.hint
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    """Pair 3 of 12 spoils one of the three steps of each of two epochs; the others are steps as ever."""
+    trainer = poisoned(tiny_llama, tmp_path / "run", 3, on_nonfinite="skip", max_steps=6, scheduler="constant")
+    notes: list[str] = []
+    trainer.view.note = notes.append
+    before, moved = adapter(trainer), []
+
+    def watch(row: dict[str, Any]) -> None:
+        now = adapter(trainer)
+        moved.append(any(not torch.equal(before[name], now[name]) for name in now))
+        before.update(now)
+
+    trainer.view.train_row = watch
+    trainer.prepare_reference()
+    for step in range(6):
+        trainer._advance(StopRequest())
+        assert trainer.progress.step == step + 1
+    skipped = [row["step"] for row in rows(trainer) if row["nonfinite"]]
+    assert len(skipped) == 2
+    assert moved == [row["step"] not in skipped for row in rows(trainer)]
+    for row in rows(trainer):
+        assert row["nonfinite"] == (row["step"] in skipped)
+        assert (row["grad_norm"] is None) == (row["step"] in skipped)
+        assert math.isfinite(row["loss"])  # of the pairs that have one
+    assert trainer.progress.skipped == 2
+    assert trainer.progress.skipped_in_a_row == 0 or skipped[-1] == 6
+    warnings = [note for note in notes if note.startswith("warning: skipped step")]
+    assert [int(note.split()[3].rstrip(":")) for note in warnings] == skipped
+    assert all(note.endswith("the loss is not finite for 1 of 4 pairs: row 3") for note in warnings)
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = poisoned(tiny_llama, tmp_path / "run", *range(12), on_nonfinite="skip", nonfinite_limit=2)
+    for _ in range(2):
+        row = trainer.train_step([2, 3, 4, 5], 0)
+        assert row["nonfinite"] == 4
+        assert row["loss"] is None
+    with pytest.raises(NumericsError, match="2 steps in a row were skipped; step 1: the loss is not finite for 4 of 4"):
+        trainer.train_step([2, 3, 4, 5], 0)
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_gradient_that_is_not_finite(tiny_llama: Path, tmp_path: Path, action: str) -> None:
+    recipe = make_recipe(tiny_llama, train={"on_nonfinite": action})
+    trainer = make_trainer(recipe, tmp_path / "run")
+    trainer.train_step([0, 1], 0)
+    before = adapter(trainer)
+    handle = trainer.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    if action == "stop":
+        with pytest.raises(NumericsError, match="step 1: the gradient is not finite; the pairs: row"):
+            trainer.train_step([2, 3, 4, 5], 0)
+        return
+    row = trainer.train_step([2, 3, 4, 5], 0)
+    assert row["nonfinite"] == row["pairs"] == 4
+    assert row["grad_norm"] is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter(trainer).items())
+    handle.remove()
+    assert trainer.train_step([2, 3, 4, 5], 0)["nonfinite"] == 0
+    assert (trainer.progress.skipped, trainer.progress.skipped_in_a_row) == (1, 0)
+
+
+def test_an_evaluation_that_is_not_finite(tiny_llama: Path, tmp_path: Path) -> None:
+    """It fails, or leaves those pairs out; the step before it is saved in both cases."""
+    strict = poisoned(tiny_llama, tmp_path / "strict", 1, held_out=3, max_steps=1)
+    with pytest.raises(NumericsError, match="evaluation after step 1: the loss is not finite for 1 of 3 pairs: row 1"):
+        strict.fit(StopRequest())
+    assert checkpoint.find(tmp_path / "strict")[1].name == "step-000001"
+    again = poisoned(tiny_llama, tmp_path / "strict", 1, held_out=3, max_steps=1, on_nonfinite="skip")
+    again.restore(checkpoint.find(tmp_path / "strict")[1])
+    again.fit(StopRequest())
+    assert [row["step"] for row in rows(again)] == [1]
+    (row,) = rows(again, "eval")
+    assert (row["nonfinite"], row["pairs"]) == (1, 3)
+    assert math.isfinite(row["loss"])
+    assert again.progress.best_row == row | {"step": 1}
+    nothing = poisoned(tiny_llama, tmp_path / "nothing", 0, 1, 2, held_out=3, max_steps=1, on_nonfinite="skip")
+    with pytest.raises(NumericsError, match="not finite for 3 of 3"):
+        nothing.fit(StopRequest())
+
+
+def test_another_budget_after_a_resume_changes_no_pair_and_no_position(tiny_llama: Path, tmp_path: Path) -> None:
+    """12 pairs a step, in one forward pass and after the resume in several: the same pairs, order, kept tokens."""
+    train = {"batch_pairs": 6, "max_steps": 4, "save_every": 2, "learning_rate": 1e-4}
+    seen: dict[str, dict[Any, Any]] = {"one": {}, "other": {}}
+
+    def watch(trainer: Trainer, name: str) -> Trainer:
+        def look(step: tuple[int, tuple[int, ...]]) -> Any:
+            made = list(make(step))
+            ids = sorted(pair for batch in made for pair in batch.pair_ids.tolist())
+            kept = {
+                int(batch.pair_ids[owner // 2]) * 2 + owner % 2: torch.nonzero(batch.weights[batch.owner == owner])
+                for batch in made
+                for owner in range(2 * batch.pairs)
+            }
+            seen[name][step] = ids, {key: value.tolist() for key, value in kept.items()}, len(made)
+            return iter(made)
+
+        make, trainer.feed._make = trainer.feed._make, look
+        return trainer
+
+    one = watch(
+        make_trainer(make_recipe(tiny_llama, train=train | {"tokens_per_microbatch": 4096}), tmp_path / "a"), "one"
+    )
+    one.fit(StopRequest())
+    first = make_trainer(make_recipe(tiny_llama, train=train | {"tokens_per_microbatch": 4096}), tmp_path / "b")
+    first.fit(StopRequest())
+    other = make_trainer(make_recipe(tiny_llama, train=train | {"tokens_per_microbatch": 60}), tmp_path / "b")
+    watch(other, "other").restore(checkpoint.step_folder(tmp_path / "b", 2))
+    other.fit(StopRequest())
+    assert len(seen["one"]) == 4
+    assert len(seen["other"]) == 2
+    for step, (ids, kept, batches) in seen["other"].items():
+        assert (ids, kept, 1) == seen["one"][step]
+        assert batches > 1
+    for ours, theirs in zip(rows(other), rows(one), strict=True):
+        for key in ("pairs", "kept_tokens", "response_tokens", "learning_rate"):
+            assert ours[key] == theirs[key]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_a_gradient_that_stays_zero_stops_the_run(tiny_llama: Path, tmp_path: Path) -> None:
