@@ -32,7 +32,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not long" $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -92,8 +92,8 @@ def check_room(path: Path, needed: int, what: str, hint: str) -> None:
         SampoError: fewer than `needed` bytes are free where `path` will be.
     """
     place = existing(path)
-    free = shutil.disk_usage(place).free
-    if free < needed:
+    total, _, free = shutil.disk_usage(place)
+    if total and free < needed:  # some file systems do not say how large they are
         raise SampoError(
             f"no space left for {what}: {megabytes(needed)} are needed, {megabytes(free)} are free on {place}",
             hint=hint,

@@ -33,8 +33,8 @@ from sampo_cli.optim import set_rate
 from sampo_cli.policy import Policy
 from sampo_cli.remote import first_line
 
-BYTES_BESIDE = 2**16
-"""Of a checkpoint, beside tensors: names, settings, its seal."""
+BYTES_BESIDE, BYTES_PER_TENSOR = 2**16, 1536
+"""Of a checkpoint, beside its tensors' contents: settings and seal; names and places of each trained tensor."""
 
 EIGHT_BIT_FROM = 4096
 
@@ -210,7 +210,7 @@ def checkpoint_bytes(machinery: Machinery) -> int:
     eight_bit = type(optimizer).__module__.startswith("bitsandbytes")
     sizes = [parameter.numel() for group in optimizer.param_groups for parameter in group["params"]]
     moments = sum(n * (2 * (1 + 4 / 256) if eight_bit and n >= EIGHT_BIT_FROM else 8) for n in sizes)
-    return int(adapter_bytes(machinery) + moments) + BYTES_BESIDE
+    return int(adapter_bytes(machinery) + moments) + BYTES_BESIDE + BYTES_PER_TENSOR * len(sizes)
 
 
 def adapter_bytes(machinery: Machinery) -> int:

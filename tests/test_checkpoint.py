@@ -14,10 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sampo_cli import checkpoint, metrics
+from sampo_cli.disk import folder_bytes
 from sampo_cli.errors import ExitCode, UsageError
 from sampo_cli.plan import is_free
-from sampo_cli.state import load_state
+from sampo_cli.signals import StopRequest
+from sampo_cli.state import checkpoint_bytes, load_state
 from tests import tiny
+from tests.test_trainer import make_recipe, make_trainer
 from tests.warm import Outcome, Warm
 
 
@@ -128,6 +131,15 @@ def test_only_what_a_run_without_checkpoint_left_is_free(tmp_path: Path) -> None
     own.mkdir()
     (own / "recipe.yaml").touch()
     assert not is_free(own)
+
+
+def test_a_checkpoint_is_adapter_and_optimizer(tiny_llama: Path, tmp_path: Path) -> None:
+    """Small enough for a preemption notice of seconds; what is planned for is what it takes, and not less."""
+    trainer = make_trainer(make_recipe(tiny_llama, train={"max_steps": 1}), tmp_path / "run")
+    trainer.fit(StopRequest())
+    taken = folder_bytes(checkpoint.find(tmp_path / "run")[1])
+    parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    assert 12 * parameters < taken < checkpoint_bytes(trainer.machinery) < 12 * parameters + 2**17
 
 
 # Through the command line ---------------------------------------------------------------------------------------------

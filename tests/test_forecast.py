@@ -28,13 +28,12 @@ from sampo_cli.pair_builder import truncate
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.policy import reference
 from sampo_cli.rounds import Schedule
+from sampo_cli.skeleton import storages
 from sampo_cli.target import Device, named_card
 from sampo_cli.template import Encoded
 from sampo_cli.workload import Lengths, planned, scored_tokens, work
 from tests import tiny
 from tests.test_trainer import Silent
-
-ARCHITECTURES = sorted(tiny.CONFIGS)
 
 
 def make_recipe(folder: Path | str, data: str = "unused", **sections: Any) -> Recipe:
@@ -49,6 +48,11 @@ def rehearse(recipe: Recipe, device: str = "cpu") -> Rehearsal:
 def make_lengths(count: int, longest: int, seed: int = 0) -> Lengths:
     rng = np.random.default_rng(seed)
     return Lengths(np.arange(count), *(rng.integers(1, longest, count, dtype=np.int32) for _ in range(3)))
+
+
+def save_llama(folder: Path, **sizes: int) -> Path:
+    config = LlamaConfig(**tiny.SIZES | {"max_position_embeddings": 4096} | sizes)
+    return tiny.save_model(config, folder)
 
 
 def a_pair(prompt: int, chosen: int, rejected: int) -> Pair:
@@ -76,18 +80,30 @@ def test_the_ledger_by_hand() -> None:
         assert ledger.live == {"a": 0, "b": 0, "c": 1024}
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "quantization"), [*((name, "nf4") for name in sorted(tiny.CONFIGS)), ("gemma2", "none"), ("gpt2", "none")]
+)
 def test_the_skeleton_has_the_parameters_of_the_loaded_policy(name: str, quantization: str, tmp_path: Path) -> None:
     folder = tiny.save_model(tiny.CONFIGS[name](), tmp_path / name)
     recipe = make_recipe(folder, model={"quantization": quantization})
-    _, facts = load_policy(recipe.model, recipe.lora, seed=0)
+    policy, facts = load_policy(recipe.model, recipe.lora, seed=0)
     (folder / "model.safetensors").unlink()
     found = rehearse(recipe)
     assert found.trainable_parameters == facts.trainable_parameters
     assert found.total_parameters == facts.total_parameters
     assert found.parameter_bytes == facts.parameter_bytes
     assert found.layout == facts.layout
+    stored = [sum(part.nbytes for _, part in storages(model)) for model in (policy.model, found.policy.model)]
+    assert stored[0] == stored[1] >= facts.parameter_bytes
+
+
+def test_on_a_cpu_some_layers_stay_as_they_are(tmp_path: Path) -> None:
+    """Layers with 96 inputs are no whole blocks of 64; on CUDA they are quantized all the same."""
+    folder = save_llama(tmp_path / "model", hidden_size=96, head_dim=24)
+    recipe = make_recipe(folder, model={"quantization": "nf4"})
+    _, facts = load_policy(recipe.model, recipe.lora, seed=0)
+    assert rehearse(recipe).parameter_bytes == facts.parameter_bytes
+    assert rehearse(recipe, "cuda").parameter_bytes < facts.parameter_bytes
 
 
 OTHERS = [
@@ -121,7 +137,7 @@ def measured(recipe: Recipe, pair: Pair) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("checkpointing", ["all", "selective", "none"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_fake_tensors_take_what_real_ones_do(name: str, checkpointing: str, tmp_path: Path) -> None:
     """The same step on real weights, counted in the same way; the kernels' own memory is for `benchmarks.memory`."""
     folder = tiny.save_model(tiny.CONFIGS[name](), tmp_path / name)
@@ -334,11 +350,6 @@ def test_a_model_that_cannot_be_foretold_says_so(tmp_path: Path, pairs_file: Pat
     assert result["memory"] is None
     assert result["parameters"]["trainable"] > 0
     assert any("MambaForCausalLM cannot be predicted" in note for note in notes)
-
-
-def save_llama(folder: Path, **sizes: int) -> Path:
-    config = LlamaConfig(**tiny.SIZES | {"max_position_embeddings": 4096} | sizes)
-    return tiny.save_model(config, folder)
 
 
 @pytest.mark.slow
