@@ -50,7 +50,7 @@ class Comparison:
 
     Attributes:
         predicted, measured: of a step above the loaded model.
-        libraries: what libraries keep between steps; not part of `measured`.
+        libraries: of what is measured, what libraries keep between steps: oneDNN's compiled kernels and scratch.
         parameters_predicted, parameters_loaded: of the policy.
         parts: of the prediction.
     """
@@ -150,21 +150,20 @@ def predict(recipe: Recipe, pairs: PairList) -> tuple[int, int, dict[str, int]]:
     from sampo_cli.forecast import forecast
     from sampo_cli.model import load_config
     from sampo_cli.remote import fetch_model
-    from sampo_cli.target import this_device
+    from sampo_cli.target import CPU_LIBRARIES, ON_CPU, this_device
 
     device = this_device()
     architecture = load_config(recipe.model, fetch_model(recipe.model.name, recipe.model.revision))
     rehearsal = Rehearsal(recipe, architecture, device)
     parts = dict(forecast(rehearsal, pairs, device).footprint.parts)
     above = sum(size for part, size in parts.items() if part not in (WEIGHTS, ADAPTER))
-    return above, rehearsal.parameter_bytes, parts
+    libraries = CPU_LIBRARIES if device.kind == ON_CPU else 0
+    return above + libraries, rehearsal.parameter_bytes, parts
 
 
 def measure(recipe: Recipe, pairs: PairList) -> tuple[int, int, int]:
-    """The peak of a step above the loaded model, what libraries keep between steps, and bytes of parameters.
-
-    The second of two equal steps counts, from where the first left the process, plus the optimizer's state. So it
-    leaves out what oneDNN keeps for every new shape (compiled kernels, scratch); that is the second number.
+    """The peak of the second of two equal steps above the loaded model, what is left of it between steps beside the
+    optimizer's state, and bytes of parameters.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -193,7 +192,7 @@ def measure(recipe: Recipe, pairs: PairList) -> tuple[int, int, int]:
         )
         meter.start()
         trainer.train_step(indices, epoch=0)
-        return meter.stop().peak_bytes - settled + state, settled - loaded - state, facts.parameter_bytes
+        return meter.stop().peak_bytes - loaded, settled - loaded - state, facts.parameter_bytes
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -26,6 +26,7 @@ from sampo_cli.budget import largest_that_fits
 from sampo_cli.cache import cache_folder, is_complete
 from sampo_cli.disk import check_room, flush, folder_bytes, writing
 from sampo_cli.errors import ExitCode, Interrupted
+from sampo_cli.kernels import replaced_parts
 from sampo_cli.policy import REFERENCE_ADAPTER, Policy, reference
 
 FORMAT = 1
@@ -74,6 +75,7 @@ def key_parts(policy: Policy, identity: Mapping[str, str]) -> dict[str, Any]:
         "dtype": str(policy.dtype),
         "layout": policy.layout,
         "attention": config._attn_implementation,
+        "kernels": replaced_parts(policy.causal_lm),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "peft")},
     }

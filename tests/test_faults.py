@@ -28,6 +28,7 @@ FLAGS = (
     *("--quantization", "none", "--cache-reference", "on", "--learning-rate", 1e-3, "--set", "train.eval_every=2"),
     *("--set", "model.dtype=float32", "--set", "train.checkpointing=none"),
 )
+SIGNALS = "SIGINT, SIGTERM, SIGHUP: the step is finished and saved, the command to go on with is shown"
 NEXT_STEP = {"event": "open", "path": "metrics.jsonl"}
 """Among others, the moment when a step's row is written."""
 
@@ -51,6 +52,10 @@ def expected(setting: Setting) -> dict[str, object]:
 def struck(setting: Setting, run: Path, **fault: object) -> Outcome:
     """A new run with a fault."""
     return setting.warm.run(*setting.flags, run, watch=[run.parent], cache=run.parent / "cache", **fault)
+
+
+def note(promise: str, result: str) -> None:
+    record(promise, "test_faults.py", result)
 
 
 def state(run: Path) -> str:
@@ -79,6 +84,7 @@ def test_a_signal_finishes_the_step_and_saves(
     again = setting.warm.run(*shlex.split(command)[1:], cache=run.parent / "cache")
     assert again.code == 0, again.stderr
     assert what_stays(run) == expected
+    note(SIGNALS, f"{signal.Signals(number).name}: exit code {code.value}, resumed bitwise")
 
 
 def test_a_second_signal_leaves_at_once(setting: Setting, expected: dict[str, object]) -> None:
@@ -93,6 +99,7 @@ def test_a_second_signal_leaves_at_once(setting: Setting, expected: dict[str, ob
     assert state(run) == "interrupted"
     assert setting.go(run) == 0
     assert what_stays(run) == expected
+    note(SIGNALS, "a second one inside a checkpoint: left at once, resumed bitwise")
 
 
 def test_a_signal_does_not_wait_for_an_evaluation(setting: Setting, expected: dict[str, object]) -> None:
@@ -103,6 +110,7 @@ def test_a_signal_does_not_wait_for_an_evaluation(setting: Setting, expected: di
     assert [row["kind"] for row in metrics.read(run / "metrics.jsonl")] == ["train", "train"]
     assert setting.go(run) == 0
     assert what_stays(run) == expected
+    note(SIGNALS, "SIGTERM before an evaluation: not waited for, made up for by the resume")
 
 
 def test_what_nohup_ignores_stays_ignored(setting: Setting, expected: dict[str, object]) -> None:
@@ -121,6 +129,7 @@ def test_a_terminal_that_is_closed(setting: Setting, expected: dict[str, object]
     assert "finishing this step, then saving" in (run / "run.log").read_text()
     assert setting.go(run) == 0
     assert what_stays(run) == expected
+    note(SIGNALS, "a real terminal closed: saved, exit code 129, resumed bitwise")
 
 
 def test_a_pipe_that_nobody_reads_any_more(setting: Setting, expected: dict[str, object]) -> None:
@@ -193,7 +202,7 @@ def test_a_disk_that_fills_up(
     filler.unlink()
     assert setting.go(run) == 0
     assert what_stays(run) == expected
-    record("a full disk is named, and nothing is lost by it", f"test_faults.py[{what}]", "named; resumed bitwise")
+    note("a full disk is named, and nothing is lost by it", f"while writing {what}: named, resumed bitwise")
 
 
 def test_a_full_disk_of_the_data_cache(setting: Setting, disk: Callable[[str], Path], tmp_path: Path) -> None:
@@ -281,6 +290,7 @@ def test_a_second_run_on_one_folder_is_refused(setting: Setting) -> None:
         assert f"another process is writing into {run}" in outcome.stderr
         assert (run / "checkpoints" / ".step-000002.tmp").is_dir()
     refuse_held(run)
+    note("two runs on one folder: the second is refused", "a new and a resumed one refused, free after kill -9")
 
 
 OTHER = """
@@ -335,6 +345,7 @@ def test_memory_that_runs_out_in_the_middle(warm: Warm, tiny_llama: Path, tmp_pa
     again = warm.run("train", "--resume", run, "--set", "train.tokens_per_microbatch=2048")
     assert again.code == 0, again.stderr
     assert [row["step"] for row in metrics.read(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    note("out of memory in the middle: what to lower is named, checkpoints stay", "RLIMIT_AS at step 3: exit code 5")
 
 
 # Trackers -------------------------------------------------------------------------------------------------------------
@@ -353,3 +364,4 @@ def test_a_tracker_that_fails_in_the_middle(setting: Setting, disk: Callable[...
     assert "Traceback" not in outcome.stderr
     assert state(run) == "finished"
     assert [row["step"] for row in metrics.read(run / "metrics.jsonl") if row["kind"] == "train"] == [1, 2, 3, 4, 5]
+    note("a tracker that fails stops nothing", "TensorBoard's disk full: one warning, all rows in metrics.jsonl")

@@ -18,6 +18,7 @@ from tests.reliability import record
 from tests.warm import Warm
 
 KILLED = -9
+AT_ANY_TIME = "kill -9 at any time: the run goes on and ends as if nothing had been"
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")
 ROUNDS = (
     *("--batch-pairs", 4, "--max-steps", 3, "--iterations", 2, "--eval-fraction", 0.2, "--save-every", 1),
@@ -128,9 +129,9 @@ def test_killed_at_random_times(setting: Setting, whole: tuple[Path, float, int]
 def test_killed_at_fifty_random_times(setting: Setting, whole: tuple[Path, float, int]) -> None:
     kills, runs = killed_at_random(setting, whole, kills=50, seed=2)
     record(
-        "kill -9 at a random moment: --resume goes on, bitwise the same run",
+        AT_ANY_TIME,
         "test_kill.py",
-        f"{kills} kills in {runs} runs, all bitwise the undisturbed run",
+        f"{kills} random moments in {runs} runs, all bitwise the undisturbed run",
     )
 
 
@@ -156,9 +157,9 @@ def test_killed_at_every_third_file_operation(setting: Setting, whole: tuple[Pat
     tried = killed_at_moments(setting, whole, 3)
     assert tried > 100
     record(
-        "kill -9 before a file operation: nothing half-written is ever used",
+        AT_ANY_TIME,
         "test_kill.py",
-        f"{tried} of {whole[2]} operations of a run, each bitwise the undisturbed run after a resume",
+        f"before {tried} of the {whole[2]} file operations of a run, one at a time: bitwise the undisturbed run",
     )
 
 
@@ -182,6 +183,7 @@ def test_killed_in_each_phase(setting: Setting, whole: tuple[Path, float, int], 
     assert setting.go(run, kill=True, event=event, path=path, at=at) == KILLED
     finish(setting, run)
     assert what_stays(run) == what_stays(whole[0])
+    record(AT_ANY_TIME, "test_kill.py", f"{phase}: bitwise the undisturbed run")
 
 
 def test_killed_while_a_resume_goes_back(setting: Setting, whole: tuple[Path, float, int]) -> None:
@@ -194,6 +196,7 @@ def test_killed_while_a_resume_goes_back(setting: Setting, whole: tuple[Path, fl
     assert what_stays(run) == what_stays(whole[0])
     resumed = json.loads((run / "summary.json").read_text())["resumed"]
     assert resumed == [{"step": 4, "changed": {}}]
+    record(AT_ANY_TIME, "test_kill.py", "three resumes in a row, each while it goes back: bitwise")
 
 
 MANY = (
@@ -225,6 +228,7 @@ def test_killed_during_an_evaluation(slow: Setting, slow_whole: Path) -> None:
     assert state["progress"]["evaluation_due"]
     finish(slow, run)
     assert what_stays(run) == what_stays(slow_whole)
+    record(AT_ANY_TIME, "test_kill.py", "during an evaluation: no step lost, bitwise")
 
 
 def test_killed_during_the_reference_pass(slow: Setting, slow_whole: Path) -> None:
@@ -236,6 +240,7 @@ def test_killed_during_the_reference_pass(slow: Setting, slow_whole: Path) -> No
     finish(slow, run)
     assert "reference: 260 of 260 pairs were done before" in slow.stderr
     assert what_stays(run) == what_stays(slow_whole)
+    record(AT_ANY_TIME, "test_kill.py", "during the reference pass, twice: it goes on from there, bitwise")
 
 
 def test_killed_during_a_merge(setting: Setting, whole: tuple[Path, float, int], tmp_path: Path) -> None:
@@ -256,3 +261,4 @@ def test_killed_during_a_merge(setting: Setting, whole: tuple[Path, float, int],
             assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert survived >= 5
     assert not list(tmp_path.glob(".*"))
+    record(AT_ANY_TIME, "test_kill.py", f"during a merge, {survived} times: no half model, then every byte the same")

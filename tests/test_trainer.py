@@ -24,6 +24,7 @@ from sampo_cli.plan import resolve_recipe
 from sampo_cli.signals import StopRequest
 from sampo_cli.trainer import Trainer
 from tests import tiny
+from tests.reliability import record
 
 
 class Silent:
@@ -290,6 +291,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_llama: Path, tmp_
     warnings = [note for note in notes if note.startswith("warning: skipped step")]
     assert [int(note.split()[3].rstrip(":")) for note in warnings] == skipped
     assert all(note.endswith("the loss is not finite for 1 of 4 pairs: row 3") for note in warnings)
+    record(
+        "a loss or gradient that is not finite stops the run or skips the step, rows named",
+        "test_trainer.py",
+        f"{len(skipped)} of 6 steps skipped, counted and without effect",
+    )
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tiny_llama: Path, tmp_path: Path) -> None:
@@ -324,19 +330,19 @@ def test_a_gradient_that_is_not_finite(tiny_llama: Path, tmp_path: Path, action:
 
 def test_an_evaluation_that_is_not_finite(tiny_llama: Path, tmp_path: Path) -> None:
     """It fails, or leaves those pairs out; the step before it is saved in both cases."""
-    strict = poisoned(tiny_llama, tmp_path / "strict", 1, held_out=3, max_steps=1)
+    strict = poisoned(tiny_llama, tmp_path / "strict", 1, held_out=3, max_steps=2, eval_every=1)
     with pytest.raises(NumericsError, match="evaluation after step 1: the loss is not finite for 1 of 3 pairs: row 1"):
         strict.fit(StopRequest())
     assert checkpoint.find(tmp_path / "strict")[1].name == "step-000001"
-    again = poisoned(tiny_llama, tmp_path / "strict", 1, held_out=3, max_steps=1, on_nonfinite="skip")
+    again = poisoned(tiny_llama, tmp_path / "strict", 1, held_out=3, max_steps=2, eval_every=1, on_nonfinite="skip")
     again.restore(checkpoint.find(tmp_path / "strict")[1])
     again.fit(StopRequest())
-    assert [row["step"] for row in rows(again)] == [1]
-    (row,) = rows(again, "eval")
-    assert (row["nonfinite"], row["pairs"]) == (1, 3)
-    assert math.isfinite(row["loss"])
-    assert again.progress.best_row == row | {"step": 1}
-    nothing = poisoned(tiny_llama, tmp_path / "nothing", 0, 1, 2, held_out=3, max_steps=1, on_nonfinite="skip")
+    assert [row["step"] for row in rows(again)] == [1, 2]
+    assert [(row["step"], row["nonfinite"], row["pairs"]) for row in rows(again, "eval")] == [(1, 1, 3), (2, 1, 3)]
+    assert all(math.isfinite(row["loss"]) for row in rows(again, "eval"))
+    nothing = poisoned(
+        tiny_llama, tmp_path / "nothing", 0, 1, 2, held_out=3, max_steps=2, eval_every=1, on_nonfinite="skip"
+    )
     with pytest.raises(NumericsError, match="not finite for 3 of 3"):
         nothing.fit(StopRequest())
 
@@ -379,6 +385,11 @@ def test_another_budget_after_a_resume_changes_no_pair_and_no_position(tiny_llam
         for key in ("pairs", "kept_tokens", "response_tokens", "learning_rate"):
             assert ours[key] == theirs[key]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    record(
+        "a resume with another micro-batch budget: same pairs, order and positions",
+        "test_trainer.py",
+        "from 1 forward pass a step to several",
+    )
 
 
 def test_a_gradient_that_stays_zero_stops_the_run(tiny_llama: Path, tmp_path: Path) -> None:
