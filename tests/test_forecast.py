@@ -29,7 +29,7 @@ from sampo_cli.plan import resolve_recipe
 from sampo_cli.policy import reference
 from sampo_cli.rounds import Schedule
 from sampo_cli.skeleton import storages
-from sampo_cli.target import Device, named_card
+from sampo_cli.target import CPU_LIBRARIES, Device, named_card
 from sampo_cli.template import Encoded
 from sampo_cli.workload import Lengths, planned, scored_tokens, work
 from tests import tiny
@@ -355,14 +355,14 @@ def test_a_model_that_cannot_be_foretold_says_so(tmp_path: Path, pairs_file: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["all", "none"])
 def test_the_forecast_is_what_a_step_takes_on_a_cpu(tmp_path: Path, checkpointing: str) -> None:
-    """6 layers of 256, 8,000 tokens: resident memory of a process, against the forecast."""
+    """6 layers of 256, 8,000 tokens: resident memory of a process, but for what libraries keep, which is as much here."""
     folder = save_llama(
         tmp_path / "model", hidden_size=256, intermediate_size=700, num_hidden_layers=6, vocab_size=8000, head_dim=64
     )
     recipe = make_recipe(folder, train={"batch_pairs": 2, "pairs_per_microbatch": 1, "checkpointing": checkpointing})
     found = compare(recipe, PairList(synthetic_pairs(2, 1500, 8000, seed=0)))
     assert found.parameters_predicted == found.parameters_loaded
-    assert found.predicted == pytest.approx(found.measured, rel=0.15)
+    assert found.predicted - CPU_LIBRARIES == pytest.approx(found.measured - found.libraries, rel=0.15)
 
 
 @pytest.mark.gpu
