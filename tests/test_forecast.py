@@ -355,7 +355,7 @@ def test_a_model_that_cannot_be_foretold_says_so(tmp_path: Path, pairs_file: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["all", "none"])
 def test_the_forecast_is_what_a_step_takes_on_a_cpu(tmp_path: Path, checkpointing: str) -> None:
-    """6 layers of 256, 8,000 tokens: resident memory of a process, but for what libraries keep, which is as much here."""
+    """6 layers of 256, 8,000 tokens: resident memory of a process, but for what libraries keep."""
     folder = save_llama(
         tmp_path / "model", hidden_size=256, intermediate_size=700, num_hidden_layers=6, vocab_size=8000, head_dim=64
     )
