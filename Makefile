@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e
 PYTEST_FLAGS ?=
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-long lint format clean
 
 help:
-	@echo "make demo    train, merge and compare a small chat model, from nothing"
-	@echo "make test    install what tests need and run them"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  let ruff rewrite the code"
-	@echo "make clean   delete the environment and what the demo wrote"
+	@echo "make demo       train, merge and compare a small chat model, from nothing"
+	@echo "make test       install what tests need and run them"
+	@echo "make test-long  the long forms of tests: thousands of rows, tens of kills, 10,000 steps"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite the code"
+	@echo "make clean      delete the environment and what the demo wrote"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -33,6 +34,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not long" $(PYTEST_FLAGS)
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m long --timeout 7200 $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -50,12 +50,9 @@ def forecast(rehearsal: Rehearsal, lengths: Lengths, device: Device) -> Forecast
     Raises:
         ModelError: the architecture cannot be run without its weights.
     """
-    given = rehearsal.recipe.train.tokens_per_microbatch
-    if given:
-        return _attempt(rehearsal, lengths, given, device)
     least = smallest(rehearsal, lengths, device)
     tokens = START_TOKENS[device.kind]
-    while least.fits and tokens > least.tokens:
+    while least.fits and tokens > least.tokens and not rehearsal.recipe.train.tokens_per_microbatch:
         found = _attempt(rehearsal, lengths, tokens, device)
         if found.fits:
             return found
@@ -64,7 +61,7 @@ def forecast(rehearsal: Rehearsal, lengths: Lengths, device: Device) -> Forecast
 
 
 def smallest(rehearsal: Rehearsal, lengths: Lengths, device: Device) -> Forecast:
-    """With the smallest budget that the trainer tries: the first in its row of halves that the longest pair exceeds.
+    """With the budget that the recipe gives, or the smallest that the trainer tries: what the longest pair exceeds.
 
     Raises:
         ModelError: see `forecast`.
@@ -72,7 +69,7 @@ def smallest(rehearsal: Rehearsal, lengths: Lengths, device: Device) -> Forecast
     tokens, longest = START_TOKENS[device.kind], int(row_positions(lengths, rehearsal.layout).max())
     while tokens > longest:
         tokens //= 2
-    return _attempt(rehearsal, lengths, tokens, device)
+    return _attempt(rehearsal, lengths, rehearsal.recipe.train.tokens_per_microbatch or tokens, device)
 
 
 def _attempt(rehearsal: Rehearsal, lengths: Lengths, tokens: int, device: Device) -> Forecast:
@@ -104,11 +101,10 @@ Rehearse = Callable[[Recipe], Rehearsal]
 
 
 def changes(recipe: Recipe, lengths: Lengths, device: Device, rehearse: Rehearse) -> list[Change]:
-    """What to change where nothing fits, each tried alone; all of it together if nothing alone is enough.
+    """What to change where nothing fits, each tried alone; together if nothing alone is enough.
 
-    Tried with the smallest budget: what fits with that fits.
-
-    What costs only time comes first, then what costs precision, then shorter pairs, then a smaller adapter.
+    All is tried with the smallest budget. What costs only time comes first, then what costs precision, then shorter
+    pairs, then a smaller adapter.
     """
     found = []
     together = recipe
@@ -130,6 +126,8 @@ def changes(recipe: Recipe, lengths: Lengths, device: Device, rehearse: Rehearse
 
 def _updates(recipe: Recipe, device: Device) -> Iterator[tuple[str, Mapping[str, Mapping[str, Any]]]]:
     """Flags and what they change, of what leaves the pairs and the adapter as they are."""
+    if recipe.train.tokens_per_microbatch:
+        yield "--set train.tokens_per_microbatch=null", {"train": {"tokens_per_microbatch": None}}
     if recipe.train.checkpointing != "all":
         yield "--set train.checkpointing=all", {"train": {"checkpointing": "all"}}
     if device.kind == ON_CUDA and recipe.train.optimizer == "adamw":

@@ -44,7 +44,11 @@ def build_base(config: ModelConfig, architecture: Any, dtype: torch.dtype, devic
         )
     base.requires_grad_(False)
     if config.quantization != "none":
-        _quantize(base, config, architecture, dtype, device)
+        try:
+            _quantize(base, config, architecture, dtype, device)
+        except ImportError as error:
+            hint = "pip install bitsandbytes, or --quantization none"
+            raise ModelError(f"bitsandbytes cannot be imported: {first_line(error)}", hint=hint) from error
     _choose_attention(base, config.attention, device)
     return base.train()
 

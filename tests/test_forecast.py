@@ -188,6 +188,20 @@ def test_what_each_setting_saves(deep_llama: Path) -> None:
     assert parts(optimizer="adamw")["optimizer"] == 8 * trainable
 
 
+def test_methods_differ_in_what_they_keep(tiny_llama: Path) -> None:
+    """A method that needs the whole vocabulary of the reference holds a second chunk of logits."""
+
+    def total(method: str) -> int:
+        return (
+            rehearse(make_recipe(tiny_llama, method={"name": method}))
+            .footprint([a_pair(100, 300, 200)], others=False)
+            .total
+        )
+
+    assert total("simpo") <= total("dpo") < total("tdpo")
+    assert total("sampo") <= total("dpo")  # fewer tokens are scored
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 def test_the_optimizer_remembers_so_many_bytes(name: str) -> None:
     """A small tensor keeps two float32 states in bitsandbytes too; a large one 2 bytes an element and scales."""
@@ -288,6 +302,7 @@ def test_the_budget_is_halved_until_it_fits(tiny_llama: Path) -> None:
     assert (none.tokens, none.fits) == (256, False)  # the longest pair has between 256 and 512 positions
     given = make_recipe(tiny_llama, train={"batch_pairs": 64, "tokens_per_microbatch": 1000})
     assert forecast(rehearsed(given), lengths, named_card(10**6)).tokens == 1000
+    assert changes(given, lengths, named_card(10**6), rehearsed)[0].flags == "--set train.tokens_per_microbatch=null"
 
 
 def test_changes_are_tried_before_they_are_named(tiny_llama: Path) -> None:

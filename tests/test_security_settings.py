@@ -96,6 +96,29 @@ def test_an_adapter_config_runs_nothing_and_loads_nothing(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"), HOSTILE_SETTINGS[::6], ids=[",".join(s) for s, _ in HOSTILE_SETTINGS[::6]]
+)
+def test_a_dry_run_refuses_the_same(
+    settings: dict[str, Any],
+    said: str,
+    tiny_llama: Path,
+    adapter: Path,
+    marker: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refuses: Refuses,
+) -> None:
+    """It builds the modules that the adapter's settings ask for."""
+    (tmp_path / "evil_module.py").write_text(code(marker))
+    monkeypatch.syspath_prepend(tmp_path)
+    change(adapter / "adapter_config.json", **settings)
+    flags = train_flags(tiny_llama, pairs_file, tmp_path / "run", "--adapter", adapter, "--dry-run")
+    assert said in refuses(ExitCode.MODEL, *flags)
+    assert not marker.exists()
+
+
 def test_the_reference_of_a_round_is_plain_lora_too(
     tiny_llama: Path, adapter: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

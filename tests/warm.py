@@ -111,7 +111,11 @@ def _serve() -> None:
 
 
 def _warm_up() -> None:
-    """Import what a run and a merge import. Nothing that starts a thread: a fork has only the one that forked."""
+    """Import what a run and a merge import. Nothing that starts a thread: a fork has only the one that forked.
+
+    Tokenizers must not start theirs: a fork would wait for them for ever.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets  # noqa: F401
     import torch
 
