@@ -15,14 +15,39 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from sampo_cli.errors import UsageError
 
 KINDS = ("pairs", "reference")
+UNFINISHED = ".building-"
+"""How the name of an entry begins that is being written, or that a process left when it was killed."""
 
 
 def cache_folder() -> Path:
     """Where it all lies: $SAMPO_CACHE, or ~/.cache/sampo."""
     return Path(os.environ.get("SAMPO_CACHE") or Path.home() / ".cache" / "sampo").expanduser()
+
+
+def lock(kind: str, key: str, timeout: float = -1) -> FileLock:
+    """The lock of whoever writes an entry; it dies with its process.
+
+    Args:
+        timeout: how many seconds to wait for another process; -1 is for ever.
+    """
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{kind}-{key}", timeout=timeout)
+
+
+def remove_unfinished(path: Path) -> bool:
+    """Delete an entry that nobody is writing any more; False if somebody is."""
+    try:
+        with lock(path.parent.name, path.name.removeprefix(UNFINISHED), timeout=0):
+            shutil.rmtree(path, ignore_errors=True)
+    except Timeout:
+        return False
+    return True
 
 
 def is_complete(folder: Path) -> bool:
@@ -65,12 +90,12 @@ def _entry(kind: str, path: Path) -> Entry:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         meta = {}
-    state = "unfinished" if path.name.startswith(".") else "whole" if is_complete(path) else "broken"
+    state = "unfinished" if path.name.startswith(UNFINISHED) else "whole" if is_complete(path) else "broken"
     stats = [file.stat() for file in path.rglob("*") if file.is_file()]
     written = max([stat.st_mtime for stat in stats], default=path.stat().st_mtime)
     return Entry(
         kind=kind,
-        key=path.name,
+        key=path.name.removeprefix(UNFINISHED),
         of=str(meta.get("of", "")),
         state=state,
         bytes=sum(stat.st_size for stat in stats),
@@ -82,16 +107,22 @@ def _entry(kind: str, path: Path) -> Entry:
 def clear(keys: Sequence[str] = ()) -> list[Entry]:
     """Delete the entries whose keys begin so, or all; returns what was deleted.
 
-    A run that is using one keeps reading it on systems that delete a file when its last reader is gone.
+    A run that is using one keeps reading it on systems that delete a file when its last reader is gone. One that a
+    run is writing stays.
 
     Raises:
         UsageError: nothing begins so.
     """
     found = entries()
-    chosen = [entry for entry in found if not keys or any(entry.key.lstrip(".").startswith(key) for key in keys)]
+    chosen = [entry for entry in found if not keys or any(entry.key.startswith(key) for key in keys)]
     for key in keys:
-        if not any(entry.key.lstrip(".").startswith(key) for entry in chosen):
+        if not any(entry.key.startswith(key) for entry in chosen):
             raise UsageError(f"nothing in the cache has a key that begins with '{key}'", hint="see: sampo cache list")
-    for entry in chosen:
-        shutil.rmtree(entry.path)
-    return chosen
+    return [entry for entry in chosen if _remove(entry)]
+
+
+def _remove(entry: Entry) -> bool:
+    if entry.state == "unfinished":
+        return remove_unfinished(entry.path)
+    shutil.rmtree(entry.path)
+    return True

@@ -119,7 +119,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     checkpointing: Literal["all", "selective", "none"] = Field(
-        "all", description="Which activations backward computes again: all, all but attention's, or none."
+        "all",
+        description="Which activations backward computes again: all, all but those of attention and of the MLP's last "
+        "projection, or none.",
     )
     offload_activations: bool = Field(False, description="Keep activations in the CPU's memory until backward.")
     eval_every: Positive | None = Field(

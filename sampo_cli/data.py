@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sampo_cli.batch import Pair
-from sampo_cli.cache import cache_folder, is_complete
+from sampo_cli.cache import UNFINISHED, cache_folder, is_complete, lock, remove_unfinished
 from sampo_cli.config import DataConfig
 from sampo_cli.datafile import DataFile, Stamp, digest, stamp
 from sampo_cli.errors import DataError, UsageError
@@ -31,7 +30,6 @@ from sampo_cli.template import PairEncoder
 
 STORE_FORMAT = 2
 
-_UNFINISHED = ".building-"
 _PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -168,12 +166,12 @@ def _build(folder: Path, builder: StoreBuilder, sources: Sequence[Sequence[DataF
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.parent.glob(f"{_UNFINISHED}*"):
-            _clear(left_over)
-        with _lock(folder.name):
+        for left_over in folder.parent.glob(f"{UNFINISHED}*"):
+            remove_unfinished(left_over)
+        with lock("pairs", folder.name):
             if is_complete(folder):
                 return
-            aside = folder.parent / f"{_UNFINISHED}{folder.name}"
+            aside = folder.parent / f"{UNFINISHED}{folder.name}"
             for old in (folder, aside):  # damaged, or left by a process that was killed
                 shutil.rmtree(old, ignore_errors=True)
             aside.mkdir()
@@ -188,21 +186,6 @@ def _build(folder: Path, builder: StoreBuilder, sources: Sequence[Sequence[DataF
             f"cannot write the cache of tokenised pairs in {folder.parent}: {error.strerror or error}",
             hint="make room, or set SAMPO_CACHE to a folder that can be written",
         ) from error
-
-
-def _lock(key: str, timeout: float = -1) -> FileLock:
-    folder = cache_folder() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"pairs-{key}", timeout=timeout)
-
-
-def _clear(unfinished: Path) -> None:
-    """Delete what a process that was killed left behind; one that is still at work holds the lock of its key."""
-    try:
-        with _lock(unfinished.name.removeprefix(_UNFINISHED), timeout=0):
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except Timeout:
-        return
 
 
 def _refuse_changed(sources: Sequence[Sequence[DataFile]], stamps: Sequence[Stamp]) -> None:

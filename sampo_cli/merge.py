@@ -7,14 +7,14 @@ first byte is written. Does not quantize, and does not write the model card.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sampo_cli.checkpoint import whole_folder
-from sampo_cli.errors import HubError, ModelError, SampoError, UsageError
+from sampo_cli.disk import check_room
+from sampo_cli.errors import HubError, ModelError, UsageError
 from sampo_cli.fingerprint import read_header, read_json, weight_files, weights_fingerprint
 from sampo_cli.trust import check_consent
 
@@ -120,8 +120,8 @@ def merge(
     plan = make_plan(adapters, skeleton, dtype)
     others = files_to_copy(base_folder, adapter_folder)
     size = total_size(files.values(), plan, dtype)
-    _check_disk(output, size)
-    with whole_folder(output) as folder:
+    check_room(output, size + size // 100, "the merged model", "make room, or give an --output on another disk")
+    with whole_folder(output, size) as folder:
         for path, tensors in files.items():
             write_shard(path, folder / path.name, tensors, plan, dtype)
         write_config(base_folder, folder, size, dtype)
@@ -267,15 +267,3 @@ def _trained_on_quantized_files(adapter: Adapter) -> bool:
     except (ModelError, HubError):
         return False
     return _quantized(read_json(folder / "config.json"))
-
-
-def _check_disk(output: Path, size: int) -> None:
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < size * 1.01:
-        raise SampoError(
-            f"no room for the merged model: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on {place}",
-            hint="free some space, or give an --output on another disk",
-        )

@@ -136,7 +136,8 @@ class StoreBuilder:
             raise DataError(f"no usable pair in {self.rows} rows: {self._reasons()}", hint=f"accepted: {ACCEPTED}")
         counts = Counts(self.rows, self.kept, dict(self.dropped), dict(self.truncated))
         sizes = {name: (folder / name).stat().st_size for name in ("tokens.bin", "index.bin")}
-        (folder / "meta.json").write_text(json.dumps({"counts": asdict(counts), "sizes": sizes}), encoding="utf-8")
+        meta = {"of": ", ".join(map(printable, self.config.sources)), "counts": asdict(counts), "sizes": sizes}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
     def _reasons(self) -> str:
         """Counts by reason with a place for each, the most frequent first."""

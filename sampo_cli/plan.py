@@ -28,7 +28,7 @@ from sampo_cli.methods import METHODS, Method, find
 from sampo_cli.model import context_length, load_config
 from sampo_cli.remote import fetch_model
 from sampo_cli.sampling import POLICY
-from sampo_cli.template import load_tokenizer, uses_plain_template
+from sampo_cli.template import load_tokenizer, never_ends, uses_plain_template
 
 BEFORE_THE_FIRST_CHECKPOINT = {
     *(LOCK, "recipe.yaml", "summary.json", "run.log", "metrics.jsonl", checkpoint.CHECKPOINTS, "sampo", "wandb"),
@@ -80,7 +80,10 @@ def with_whole_paths(recipe: Recipe) -> Recipe:
     """The recipe with local folders and files as absolute paths, so that it means the same from anywhere."""
 
     def whole(name: str | None) -> str | None:
-        return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+        try:
+            return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
+        except (OSError, RuntimeError):  # too long for a file's name, or the home of nobody: refused when it is read
+            return name
 
     model, data = recipe.model, recipe.data
     model = model.model_copy(update={"name": whole(model.name), "adapter": whole(model.adapter)})
@@ -103,6 +106,8 @@ def make_plan(recipe: Recipe, view: Notes) -> Plan:
     tokenizer = load_tokenizer(recipe.model, recipe.data)
     if uses_plain_template(tokenizer):
         view.note("warning: the model has no chat template; the plain one of docs/data.md is used")
+    if never_ends(tokenizer, recipe.data.template_date):
+        view.note("warning: neither the chat template nor the tokenizer has a token that ends a response")
     config = load_config(recipe.model, fetch_model(recipe.model.name, recipe.model.revision, weights=False))
     dataset = prepare(recipe.data, tokenizer, context=context_length(config), progress=_tokenizing(view))
     counts = dataset.counts

@@ -23,7 +23,7 @@ from torch import nn
 
 from sampo_cli.batch import Draw, Logps, Pair, Pairs, collate, micro_batches
 from sampo_cli.budget import largest_that_fits
-from sampo_cli.cache import cache_folder, is_complete
+from sampo_cli.cache import UNFINISHED, cache_folder, is_complete, lock
 from sampo_cli.disk import check_room, flush, folder_bytes, writing
 from sampo_cli.errors import ExitCode, Interrupted
 from sampo_cli.kernels import replaced_parts
@@ -176,11 +176,11 @@ def find_or_build(
 
 def _locked(folder: Path, note: Callable[[str], object], stop: object) -> FileLock:
     """The lock of a key, held; it dies with its process."""
-    lock = FileLock(folder.with_suffix(".lock"))
+    held = lock("reference", folder.name)
     waiting = False
     while True:
         try:
-            lock.acquire(timeout=1)
+            held.acquire(timeout=1)
         except Timeout:
             if not waiting:
                 note("reference: another run is working out the same log-probs; waiting for it")
@@ -188,7 +188,7 @@ def _locked(folder: Path, note: Callable[[str], object], stop: object) -> FileLo
             if stop:
                 raise _interrupted(stop) from None
         else:
-            return lock
+            return held
 
 
 def _interrupted(stop: object) -> Interrupted:
@@ -209,7 +209,7 @@ def _build(
     stop: object,
 ) -> None:
     """Append block after block to a file aside; on from the last whole block that is there."""
-    aside = folder.with_name(f".building-{folder.name}")
+    aside = folder.with_name(f"{UNFINISHED}{folder.name}")
     lengths = (pairs.chosen_tokens + pairs.rejected_tokens)[indices].astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.array([pairs.pair_ids[index] for index in indices], np.int64)

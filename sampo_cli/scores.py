@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,9 +53,14 @@ def pair_scores(
 
 
 class Tally:
-    """Sums over the pairs of a step or an evaluation; stays on the device until `row` is asked for."""
+    """Sums over the pairs of a step or an evaluation; stays on the device until `row` is asked for.
 
-    def __init__(self) -> None:
+    Args:
+        positions: how many a forward pass of a batch computes.
+    """
+
+    def __init__(self, positions: Callable[[PairBatch], int]) -> None:
+        self.positions = positions
         self.parts: list[Tensor] = []
         self.ids: list[Tensor] = []
         self.computed_tokens = 0
@@ -66,7 +72,7 @@ class Tally:
         columns += [scores.chosen_kept + scores.rejected_kept, scores.chosen_tokens + scores.rejected_tokens]
         self.parts.append(torch.stack([column.detach().double() for column in columns], 1))
         self.ids.append(batch.pair_ids)
-        self.computed_tokens += batch.input_ids.numel()
+        self.computed_tokens += self.positions(batch)
 
     def pair_ids(self) -> list[int]:
         return torch.cat(self.ids).tolist()

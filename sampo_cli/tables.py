@@ -12,6 +12,7 @@ from rich.text import Text
 from sampo_cli.cache import Entry, cache_folder
 from sampo_cli.console import print_facts, stdout
 from sampo_cli.data_report import Summary, Token
+from sampo_cli.formats import printable
 from sampo_cli.hub import PushPlan
 from sampo_cli.methods import Method
 
@@ -71,7 +72,7 @@ def token_text(tokens: Sequence[Token]) -> Text:
     for token, kind, scored in tokens:
         if kind != before:
             text.append(f"{'' if not before else chr(10)}{kind}: ", style="bold")
-        shown = token.replace("\n", "⏎")
+        shown = printable(token.replace("\n", "⏎"))
         text.append(shown, style=f"{STYLES[kind]} {'underline' if scored else ''}")
         text.append("│" if scored else "·", style="bright_black")
         before = kind

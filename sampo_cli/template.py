@@ -21,6 +21,7 @@ from sampo_cli.errors import ModelError, UsageError
 from sampo_cli.formats import Conversation, Message, Unusable
 from sampo_cli.remote import fetch_model, first_line
 from sampo_cli.special_tokens import SpecialTokens, tokenize
+from sampo_cli.trust import does_not_load
 
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -61,10 +62,9 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever the tokenizer's own files make transformers raise
-        raise ModelError(
-            f"model '{model.name}': its tokenizer does not load: {first_line(error)}",
-            hint="the folder needs tokenizer.json and tokenizer_config.json",
-        ) from error
+        what, reason = f"model '{model.name}'", f"its tokenizer does not load: {first_line(error)}"
+        hint = "the folder needs tokenizer.json and tokenizer_config.json"
+        raise does_not_load(what, folder, reason, hint, trusted=model.trust_remote_code) from error
     if data.chat_template is not None:
         tokenizer.chat_template = _read_template(data.chat_template)
     elif not tokenizer.chat_template:
@@ -75,6 +75,13 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
 def uses_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True where the model came without a template and got `PLAIN_TEMPLATE`: worth a warning."""
     return tokenizer.chat_template in (PLAIN_TEMPLATE, _BOS + PLAIN_TEMPLATE)
+
+
+def never_ends(tokenizer: PreTrainedTokenizerBase, template_date: str) -> bool:
+    """True where responses end in no special token, so that a model cannot learn from them where to stop."""
+    encoder = PairEncoder(tokenizer, template_date)
+    pair = encoder.encode([Conversation([_QUESTION], _ANSWER["content"], "")])[0]
+    return isinstance(pair, Encoded) and not encoder.ends_in_special(pair.chosen)
 
 
 def _read_template(name: str) -> str:
@@ -126,6 +133,9 @@ class PairEncoder:
             self._finish(pair, None if pair.literals else next(ids)) if isinstance(pair, _Rendered) else pair
             for pair in rendered
         ]
+
+    def ends_in_special(self, response: Sequence[int]) -> bool:
+        return response[-1] in self._special.ids
 
     def _tokenized(self, pairs: Sequence[Sequence[str]]) -> list[list[list[int]] | Unusable]:
         """The ids of each pair's texts. One that the tokenizer refuses is looked for in the halves."""

@@ -144,7 +144,7 @@ class Trainer:
         Raises:
             NumericsError: a loss or the gradient is not finite and such a step may not be skipped, or see `checks`.
         """
-        tally, progress, scaler = Tally(), self.progress, self.accelerator.scaler
+        tally, progress, scaler = Tally(self.policy.computed_positions), self.progress, self.accelerator.scaler
         for batch in self.feed.batches(indices, epoch):
             tally.add(batch, *self._backward(batch, len(indices)))
         row = tally.row()
@@ -174,7 +174,7 @@ class Trainer:
             Interrupted: `stop` was set meanwhile.
             NumericsError: a loss is not finite, and `train.on_nonfinite` is stop or all are like that.
         """
-        tally = Tally()
+        tally = Tally(self.policy.computed_positions)
         self.policy.eval()
         try:
             for batch in self.feed.batches(self.split.evaluation, epoch=0):

@@ -13,7 +13,14 @@ os.environ["OMP_NUM_THREADS"] = (
 import pytest
 
 from tests import tiny
+from tests.reliability import record_outcome
 from tests.warm import Warm
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Each test's outcome, once: with several workers, their controller hears of it too."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or report.outcome != "passed"):
+        record_outcome(report.nodeid, report.outcome)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""What a test run found out about a promise, for the table of docs/reliability.md.
+"""What a test run found out, for the table of docs/reliability.md (scripts/make_reliability.py).
 
-With SAMPO_RELIABILITY naming a file, `record` appends a line of JSON to it; without, it does nothing. Lines are
-written whole, so tests may run side by side.
+With SAMPO_RELIABILITY naming a file, each test's outcome and what it counted go there as lines of JSON; without,
+nothing does. Lines are written whole, so tests may run side by side.
 """
 
 from __future__ import annotations
@@ -10,10 +10,18 @@ import json
 import os
 
 
-def record(promise: str, test: str, result: str) -> None:
-    """Note that `test` found `result` (counts, in words) for `promise` (as the table states it)."""
+def record(result: str) -> None:
+    """Note what the test that runs found: counts, in words."""
+    _write({"test": os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0], "result": result})
+
+
+def record_outcome(test: str, outcome: str) -> None:
+    """Note that a test passed, failed or was skipped. `test`: pytest's id of it."""
+    _write({"test": test, "outcome": outcome})
+
+
+def _write(found: dict[str, str]) -> None:
     path = os.environ.get("SAMPO_RELIABILITY")
     if path:
-        line = json.dumps({"promise": promise, "test": test, "result": result}, ensure_ascii=False) + "\n"
         with open(path, "ab", buffering=0) as file:
-            file.write(line.encode())
+            file.write((json.dumps(found, ensure_ascii=False) + "\n").encode())

@@ -36,7 +36,6 @@ from tests.test_cli import check_failure, refuses, sampo
 
 __all__ = ["refuses"]  # a fixture
 
-PROMISE = "a file that cannot be read ends in file, line and reason, exit code 3"
 ROWS = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(400)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 CSV = b"prompt,chosen,rejected\n" + b"".join(f"question {i},yes {i},no {i}\n".encode() for i in range(3))
@@ -130,9 +129,7 @@ def test_broken_file(tmp_path: Path, tiny_llama: Path, refuses: Callable[..., st
     (tmp_path / name).write_bytes(content)
     stderr = refuses(ExitCode.DATA, "data", tmp_path / name, "--model", tiny_llama)
     assert re.search(message, stderr), stderr
-    record(
-        PROMISE, f"test_broken_files.py::test_broken_file[{case}]", stderr.splitlines()[0].replace(str(tmp_path), "")
-    )
+    record(stderr.splitlines()[0].replace(str(tmp_path), ""))
 
 
 def test_a_run_is_refused_too(tmp_path: Path, tiny_llama: Path, refuses: Callable[..., str]) -> None:
@@ -387,9 +384,7 @@ def test_killed_at_random_moments(tmp_path: Path, many: Path) -> None:
         entry.rmdir()
     assert left > 5
     result = f"20 kills at random moments, {left} of them within the work: the next run made the same store each time"
-    record(
-        "kill -9 while pairs are tokenised loses nothing", "test_broken_files.py::test_killed_at_random_moments", result
-    )
+    record(result)
 
 
 def test_a_full_disk(tmp_path: Path, many: Path) -> None:

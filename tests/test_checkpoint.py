@@ -145,7 +145,6 @@ def test_a_checkpoint_is_adapter_and_optimizer(tiny_llama: Path, tmp_path: Path)
 
 # Through the command line ---------------------------------------------------------------------------------------------
 
-ANOTHER = "a resume with another recipe, data, model or tokenizer is refused, with the differences"
 FLAGS = (
     *("--batch-pairs", 4, "--max-steps", 4, "--save-every", 1, "--eval-fraction", 0.2, "--quantization", "none"),
     *("--set", "train.keep_checkpoints=4", "--set", "train.eval_every=2", "--set", "model.dtype=float32"),
@@ -198,7 +197,7 @@ def test_the_one_before_a_damaged_one_is_used_with_a_warning(warm: Warm, home: P
     assert "resuming after step 3" in outcome.stderr
     assert result(home / "run") == before
     assert "is damaged" in (home / "run" / "run.log").read_text()
-    record("a damaged checkpoint is never picked silently", "test_checkpoint.py", f"{kind}: the one before, bitwise")
+    record(f"{kind}: the one before, bitwise")
 
 
 @pytest.mark.parametrize("number", [1, 99])
@@ -228,7 +227,7 @@ def test_a_state_that_would_run_code_is_refused(warm: Warm, home: Path) -> None:
     assert "state.pt: not the state of a run: it holds more than numbers, texts and tensors" in text
     assert "step-000003" not in text
     assert not mark.exists()
-    record("an unreadable or hostile state is refused", "test_checkpoint.py", "a pickle with code: refused, not run")
+    record("a pickle with code: refused, not run")
 
 
 def test_a_state_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -255,7 +254,7 @@ def test_another_recipe_is_refused_with_the_differences(warm: Warm, home: Path) 
     recipe["train"]["seed"] = 7
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert "  train.seed: 42 → 7\n" in refused(resume(warm, run))
-    record(ANOTHER, "test_checkpoint.py", "another recipe, by flags or by hand: each key with old and new value")
+    record("another recipe, by flags or by hand: each key with old and new value")
 
 
 def other_weights(home: Path) -> None:
@@ -301,7 +300,7 @@ def test_other_parts_are_refused_with_the_differences(warm: Warm, home: Path, wh
     assert "put back what was there" in text
     after = {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.is_file()}
     assert after == before
-    record(ANOTHER, "test_checkpoint.py", f"another {what}: refused, nothing written")
+    record(f"another {what}: refused, nothing written")
 
 
 def test_another_adapter_to_go_on_from_is_refused(warm: Warm, home: Path) -> None:

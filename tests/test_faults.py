@@ -28,7 +28,6 @@ FLAGS = (
     *("--quantization", "none", "--cache-reference", "on", "--learning-rate", 1e-3, "--set", "train.eval_every=2"),
     *("--set", "model.dtype=float32", "--set", "train.checkpointing=none"),
 )
-SIGNALS = "SIGINT, SIGTERM, SIGHUP: the step is finished and saved, the command to go on with is shown"
 NEXT_STEP = {"event": "open", "path": "metrics.jsonl"}
 """Among others, the moment when a step's row is written."""
 
@@ -52,10 +51,6 @@ def expected(setting: Setting) -> dict[str, object]:
 def struck(setting: Setting, run: Path, **fault: object) -> Outcome:
     """A new run with a fault."""
     return setting.warm.run(*setting.flags, run, watch=[run.parent], cache=run.parent / "cache", **fault)
-
-
-def note(promise: str, result: str) -> None:
-    record(promise, "test_faults.py", result)
 
 
 def state(run: Path) -> str:
@@ -84,7 +79,7 @@ def test_a_signal_finishes_the_step_and_saves(
     again = setting.warm.run(*shlex.split(command)[1:], cache=run.parent / "cache")
     assert again.code == 0, again.stderr
     assert what_stays(run) == expected
-    note(SIGNALS, f"{signal.Signals(number).name}: exit code {code.value}, resumed bitwise")
+    record(f"{signal.Signals(number).name}: exit code {code.value}, resumed bitwise")
 
 
 def test_a_second_signal_leaves_at_once(setting: Setting, expected: dict[str, object]) -> None:
@@ -99,7 +94,7 @@ def test_a_second_signal_leaves_at_once(setting: Setting, expected: dict[str, ob
     assert state(run) == "interrupted"
     assert setting.go(run) == 0
     assert what_stays(run) == expected
-    note(SIGNALS, "a second one inside a checkpoint: left at once, resumed bitwise")
+    record("a second one inside a checkpoint: left at once, resumed bitwise")
 
 
 def test_a_signal_does_not_wait_for_an_evaluation(setting: Setting, expected: dict[str, object]) -> None:
@@ -110,7 +105,7 @@ def test_a_signal_does_not_wait_for_an_evaluation(setting: Setting, expected: di
     assert [row["kind"] for row in metrics.read(run / "metrics.jsonl")] == ["train", "train"]
     assert setting.go(run) == 0
     assert what_stays(run) == expected
-    note(SIGNALS, "SIGTERM before an evaluation: not waited for, made up for by the resume")
+    record("SIGTERM before an evaluation: not waited for, made up for by the resume")
 
 
 def test_what_nohup_ignores_stays_ignored(setting: Setting, expected: dict[str, object]) -> None:
@@ -129,7 +124,7 @@ def test_a_terminal_that_is_closed(setting: Setting, expected: dict[str, object]
     assert "finishing this step, then saving" in (run / "run.log").read_text()
     assert setting.go(run) == 0
     assert what_stays(run) == expected
-    note(SIGNALS, "a real terminal closed: saved, exit code 129, resumed bitwise")
+    record("a real terminal closed: saved, exit code 129, resumed bitwise")
 
 
 def test_a_pipe_that_nobody_reads_any_more(setting: Setting, expected: dict[str, object]) -> None:
@@ -202,7 +197,7 @@ def test_a_disk_that_fills_up(
     filler.unlink()
     assert setting.go(run) == 0
     assert what_stays(run) == expected
-    note("a full disk is named, and nothing is lost by it", f"while writing {what}: named, resumed bitwise")
+    record(f"while writing {what}: named, resumed bitwise")
 
 
 def test_a_full_disk_of_the_data_cache(setting: Setting, disk: Callable[[str], Path], tmp_path: Path) -> None:
@@ -241,6 +236,25 @@ def test_room_for_the_reference_is_looked_for(setting: Setting, disk: Callable[[
     assert outcome.code == ExitCode.FAILURE
     assert "no space left for the reference's log-probs" in outcome.stderr
     assert "--cache-reference off" in outcome.stderr
+
+
+def test_room_for_a_merged_model(setting: Setting, disk: Callable[[str], Path]) -> None:
+    """Looked for before; and where it goes meanwhile, the merge leaves nothing and can be repeated."""
+    run, place = setting.whole(), disk("4m")
+    filler, output = place / "filler", place / "merged"
+    fill(filler, 200_000)
+    outcome = setting.warm.run("merge", run, "--output", output)
+    assert outcome.code == ExitCode.FAILURE
+    assert f"no space left for the merged model: 0.5 MB are needed, 0.2 MB are free on {place}" in outcome.stderr
+    filler.unlink()
+    begun = {"event": "os.mkdir", "path": ".merged.tmp", "at": 1}
+    outcome = setting.warm.run("merge", run, "--output", output, watch=[place], fill=str(filler), left=200_000, **begun)
+    assert outcome.code == ExitCode.FAILURE
+    assert f"no space left on the disk while writing {output}" in outcome.stderr
+    assert list(place.iterdir()) == [filler]
+    filler.unlink()
+    assert setting.warm.run("merge", run, "--output", output).code == 0
+    record("a merge, before it and in its middle: named, nothing left, then repeated")
 
 
 def test_a_row_that_does_not_fit_is_not_there_at_all(disk: Callable[[str], Path]) -> None:
@@ -290,7 +304,7 @@ def test_a_second_run_on_one_folder_is_refused(setting: Setting) -> None:
         assert f"another process is writing into {run}" in outcome.stderr
         assert (run / "checkpoints" / ".step-000002.tmp").is_dir()
     refuse_held(run)
-    note("two runs on one folder: the second is refused", "a new and a resumed one refused, free after kill -9")
+    record("a new and a resumed one refused, free after kill -9")
 
 
 OTHER = """
@@ -345,7 +359,7 @@ def test_memory_that_runs_out_in_the_middle(warm: Warm, tiny_llama: Path, tmp_pa
     again = warm.run("train", "--resume", run, "--set", "train.tokens_per_microbatch=2048")
     assert again.code == 0, again.stderr
     assert [row["step"] for row in metrics.read(run / "metrics.jsonl")] == [1, 2, 3, 4]
-    note("out of memory in the middle: what to lower is named, checkpoints stay", "RLIMIT_AS at step 3: exit code 5")
+    record("RLIMIT_AS at step 3: exit code 5")
 
 
 # Trackers -------------------------------------------------------------------------------------------------------------
@@ -364,4 +378,4 @@ def test_a_tracker_that_fails_in_the_middle(setting: Setting, disk: Callable[...
     assert "Traceback" not in outcome.stderr
     assert state(run) == "finished"
     assert [row["step"] for row in metrics.read(run / "metrics.jsonl") if row["kind"] == "train"] == [1, 2, 3, 4, 5]
-    note("a tracker that fails stops nothing", "TensorBoard's disk full: one warning, all rows in metrics.jsonl")
+    record("TensorBoard's disk full: one warning, all rows in metrics.jsonl")

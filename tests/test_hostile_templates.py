@@ -287,9 +287,7 @@ def test_templates_cannot_reach_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert raised >= 13
     assert not (tmp_path / "CANARY").exists()
     result = f"{len(ATTACKS)} attacks: {raised} refused, the others print nothing"
-    record(
-        "chat templates run in a sandbox", f"test_hostile_templates.py::test_templates_cannot_reach_out[{road}]", result
-    )
+    record(result)
 
 
 def test_nothing_else_renders_templates() -> None:

@@ -18,7 +18,6 @@ from tests.reliability import record
 from tests.warm import Warm
 
 KILLED = -9
-AT_ANY_TIME = "kill -9 at any time: the run goes on and ends as if nothing had been"
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")
 ROUNDS = (
     *("--batch-pairs", 4, "--max-steps", 3, "--iterations", 2, "--eval-fraction", 0.2, "--save-every", 1),
@@ -128,11 +127,7 @@ def test_killed_at_random_times(setting: Setting, whole: tuple[Path, float, int]
 @pytest.mark.long
 def test_killed_at_fifty_random_times(setting: Setting, whole: tuple[Path, float, int]) -> None:
     kills, runs = killed_at_random(setting, whole, kills=50, seed=2)
-    record(
-        AT_ANY_TIME,
-        "test_kill.py",
-        f"{kills} random moments in {runs} runs, all bitwise the undisturbed run",
-    )
+    record(f"{kills} random moments in {runs} runs, all bitwise the undisturbed run")
 
 
 def killed_at_moments(setting: Setting, whole: tuple[Path, float, int], step: int) -> int:
@@ -156,11 +151,7 @@ def test_killed_in_the_middle_of_a_file_operation(setting: Setting, whole: tuple
 def test_killed_at_every_third_file_operation(setting: Setting, whole: tuple[Path, float, int]) -> None:
     tried = killed_at_moments(setting, whole, 3)
     assert tried > 100
-    record(
-        AT_ANY_TIME,
-        "test_kill.py",
-        f"before {tried} of the {whole[2]} file operations of a run, one at a time: bitwise the undisturbed run",
-    )
+    record(f"before {tried} of the {whole[2]} file operations of a run, one at a time: bitwise the undisturbed run")
 
 
 PHASES = {
@@ -183,7 +174,7 @@ def test_killed_in_each_phase(setting: Setting, whole: tuple[Path, float, int], 
     assert setting.go(run, kill=True, event=event, path=path, at=at) == KILLED
     finish(setting, run)
     assert what_stays(run) == what_stays(whole[0])
-    record(AT_ANY_TIME, "test_kill.py", f"{phase}: bitwise the undisturbed run")
+    record(f"{phase}: bitwise the undisturbed run")
 
 
 def test_killed_while_a_resume_goes_back(setting: Setting, whole: tuple[Path, float, int]) -> None:
@@ -196,7 +187,7 @@ def test_killed_while_a_resume_goes_back(setting: Setting, whole: tuple[Path, fl
     assert what_stays(run) == what_stays(whole[0])
     resumed = json.loads((run / "summary.json").read_text())["resumed"]
     assert resumed == [{"step": 4, "changed": {}}]
-    record(AT_ANY_TIME, "test_kill.py", "three resumes in a row, each while it goes back: bitwise")
+    record("three resumes in a row, each while it goes back: bitwise")
 
 
 MANY = (
@@ -228,7 +219,7 @@ def test_killed_during_an_evaluation(slow: Setting, slow_whole: Path) -> None:
     assert state["progress"]["evaluation_due"]
     finish(slow, run)
     assert what_stays(run) == what_stays(slow_whole)
-    record(AT_ANY_TIME, "test_kill.py", "during an evaluation: no step lost, bitwise")
+    record("during an evaluation: no step lost, bitwise")
 
 
 def test_killed_during_the_reference_pass(slow: Setting, slow_whole: Path) -> None:
@@ -240,7 +231,7 @@ def test_killed_during_the_reference_pass(slow: Setting, slow_whole: Path) -> No
     finish(slow, run)
     assert "reference: 260 of 260 pairs were done before" in slow.stderr
     assert what_stays(run) == what_stays(slow_whole)
-    record(AT_ANY_TIME, "test_kill.py", "during the reference pass, twice: it goes on from there, bitwise")
+    record("during the reference pass, twice: it goes on from there, bitwise")
 
 
 def test_killed_during_a_merge(setting: Setting, whole: tuple[Path, float, int], tmp_path: Path) -> None:
@@ -261,4 +252,4 @@ def test_killed_during_a_merge(setting: Setting, whole: tuple[Path, float, int],
             assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert survived >= 5
     assert not list(tmp_path.glob(".*"))
-    record(AT_ANY_TIME, "test_kill.py", f"during a merge, {survived} times: no half model, then every byte the same")
+    record(f"during a merge, {survived} times: no half model, then every byte the same")

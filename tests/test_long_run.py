@@ -53,4 +53,4 @@ def test_three_hundred_steps(warm: Warm, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_ten_thousand_steps(warm: Warm, tmp_path: Path) -> None:
     constant = assert_constant(observed(warm, tmp_path, steps=10_000, save_every=100), after=500)
-    record("10,000 steps: memory, open files and threads stay", "test_long_run.py", f"after 500 steps {constant}")
+    record(f"after 500 steps {constant}")

@@ -291,11 +291,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_llama: Path, tmp_
     warnings = [note for note in notes if note.startswith("warning: skipped step")]
     assert [int(note.split()[3].rstrip(":")) for note in warnings] == skipped
     assert all(note.endswith("the loss is not finite for 1 of 4 pairs: row 3") for note in warnings)
-    record(
-        "a loss or gradient that is not finite stops the run or skips the step, rows named",
-        "test_trainer.py",
-        f"{len(skipped)} of 6 steps skipped, counted and without effect",
-    )
+    record(f"{len(skipped)} of 6 steps skipped, counted and without effect")
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tiny_llama: Path, tmp_path: Path) -> None:
@@ -385,11 +381,7 @@ def test_another_budget_after_a_resume_changes_no_pair_and_no_position(tiny_llam
         for key in ("pairs", "kept_tokens", "response_tokens", "learning_rate"):
             assert ours[key] == theirs[key]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    record(
-        "a resume with another micro-batch budget: same pairs, order and positions",
-        "test_trainer.py",
-        "from 1 forward pass a step to several",
-    )
+    record("from 1 forward pass a step to several")
 
 
 def test_a_gradient_that_stays_zero_stops_the_run(tiny_llama: Path, tmp_path: Path) -> None:
