@@ -6,15 +6,17 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e
 PYTEST_FLAGS ?=
 
-.PHONY: help demo test test-long lint format clean
+.PHONY: help demo test test-long reliability audit lint format clean
 
 help:
-	@echo "make demo       train, merge and compare a small chat model, from nothing"
-	@echo "make test       install what tests need and run them"
-	@echo "make test-long  the long forms of tests: thousands of rows, tens of kills, 10,000 steps"
-	@echo "make lint       ruff and mypy"
-	@echo "make format     let ruff rewrite the code"
-	@echo "make clean      delete the environment and what the demo wrote"
+	@echo "make demo         train, merge and compare a small chat model, from nothing"
+	@echo "make test         install what tests need and run them"
+	@echo "make test-long    the long forms of tests: thousands of rows, tens of kills, 10,000 steps"
+	@echo "make reliability  both forms of the tests, and docs/reliability.md from what they find"
+	@echo "make audit        known vulnerabilities in what is installed"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       let ruff rewrite the code"
+	@echo "make clean        delete the environment and what the demo wrote"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -37,6 +39,17 @@ test: $(VENV)/.dev
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m long --timeout 7200 $(PYTEST_FLAGS)
+
+# The tables are written from a whole run only: a test that fails leaves them as they are.
+reliability: export SAMPO_RELIABILITY := $(abspath $(VENV)/reliability.jsonl)
+reliability:
+	rm -f $(SAMPO_RELIABILITY)
+	$(MAKE) test test-long
+	$(BIN)/python -m scripts.make_reliability $(SAMPO_RELIABILITY)
+
+audit: $(VENV)/.dev
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet 'pip-audit>=2.7'
+	$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

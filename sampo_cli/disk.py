@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sampo_cli.errors import SampoError
+from sampo_cli.errors import SampoError, UsageError
 
 FULL_BYTES = 2**16
 """A disk with less than this left is taken to be the reason why a write failed; libraries seldom say."""
@@ -20,6 +20,18 @@ FULL_BYTES = 2**16
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with somebody's home for ~.
+
+    Raises:
+        UsageError: there is nobody of that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path}: there is no home of that name", hint="write the folder's whole path") from error
 
 
 def existing(path: Path) -> Path:

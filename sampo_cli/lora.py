@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sampo_cli.adapter import CONFIG_FILE, KEEPS_BASE, RECORD_FILE, WEIGHTS_FILE, read_adapter, read_tensors
+from sampo_cli.adapter import (
+    CONFIG_FILE,
+    KEEPS_BASE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    plain_settings,
+    read_adapter,
+    read_tensors,
+)
 from sampo_cli.config import LoraSection
 from sampo_cli.errors import ModelError
 from sampo_cli.fingerprint import read_json
@@ -64,12 +72,8 @@ def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) 
     """
     from peft import PeftModel
 
-    folder = fetch(name, "model", revision=None, patterns=ADAPTER_FILES)
-    folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).is_file() else folder
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelError(f"adapter '{name}': no {CONFIG_FILE} in {folder}", hint="give a run's folder or an adapter's")
-    _refuse_moving_reference(name, read_json(folder / CONFIG_FILE))
-    record = read_adapter(folder).record  # refuses whatever else is more than plain LoRA
+    folder = adapter_to_go_on_from(name)
+    record = read_adapter(folder).record
     if record.get("base_fingerprint", base_fingerprint) != base_fingerprint:
         raise ModelError(
             f"adapter '{name}' was trained on '{record.get('base_model')}', and the base given has other weights",
@@ -84,6 +88,24 @@ def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) 
     model.peft_config[POLICY_ADAPTER].lora_dropout = dropout
     _set_dropout(model, {REFERENCE_ADAPTER: 0.0, POLICY_ADAPTER: dropout})
     return model
+
+
+def adapter_to_go_on_from(name: str, patterns: tuple[str, ...] = ADAPTER_FILES) -> Path:
+    """The folder of an adapter, given by it, its run's folder or its name on the Hub.
+
+    Args:
+        patterns: the files to fetch from the Hub.
+
+    Raises:
+        ModelError: no adapter there, or settings that are more than plain LoRA.
+    """
+    folder = fetch(name, "model", revision=None, patterns=patterns)
+    folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).is_file() else folder
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"adapter '{name}': no {CONFIG_FILE} in {folder}", hint="give a run's folder or an adapter's")
+    _refuse_moving_reference(name, read_json(folder / CONFIG_FILE))
+    plain_settings(folder)
+    return folder
 
 
 def _refuse_moving_reference(name: str, settings: Mapping[str, Any]) -> None:

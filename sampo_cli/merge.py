@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sampo_cli.checkpoint import whole_folder
-from sampo_cli.disk import check_room
+from sampo_cli.disk import check_room, expanded
 from sampo_cli.errors import HubError, ModelError, UsageError
 from sampo_cli.fingerprint import read_header, read_json, weight_files, weights_fingerprint
 from sampo_cli.trust import check_consent
@@ -102,7 +102,7 @@ def merge(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: not known", hint=f"one of {', '.join(DTYPES)}")
     adapter_folder = resolve_adapter(source)
-    output = output.expanduser() if output else _default_output(adapter_folder)
+    output = expanded(output) if output else _default_output(adapter_folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is already there", hint="give another --output, or delete it")
     from sampo_cli.adapter import read_adapter
@@ -148,7 +148,7 @@ def resolve_adapter(source: Path) -> Path:
     Raises:
         ModelError: there is none; says what is missing and what to do next.
     """
-    source = source.expanduser()
+    source = expanded(source)
     if not source.is_dir():
         raise ModelError(f"{source}: there is no such folder", hint="give a run's folder or an adapter's")
     for folder in (source, source / "adapter"):

@@ -21,6 +21,7 @@ from sampo_cli.batch import Draw
 from sampo_cli.config import Recipe, resolve, validate
 from sampo_cli.data import PairDataset, prepare, split
 from sampo_cli.data_report import Token, token_view
+from sampo_cli.disk import expanded
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.lock import LOCK, refuse_held
 from sampo_cli.method_checks import check, refuse
@@ -157,7 +158,7 @@ def new_folder(recipe: Recipe) -> Path:
     """Where the run goes: `output.dir`, or outputs/<model>-<method>-<data>. Refused if something is there."""
     parts = (Path(recipe.model.name).name, recipe.method.name, Path(recipe.data.sources[0].split(":")[0]).name)
     slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part.split(".jsonl")[0]) for part in parts).strip("-.")
-    folder = Path(recipe.output.dir).expanduser() if recipe.output.dir else Path("outputs") / slug
+    folder = expanded(recipe.output.dir) if recipe.output.dir else Path("outputs") / slug
     parent = next(place for place in folder.absolute().parents if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"the run folder cannot be made: {parent} is no folder that can be written", hint="--output")

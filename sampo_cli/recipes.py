@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sampo_cli.config import read_recipe
+from sampo_cli.disk import expanded
 from sampo_cli.errors import UsageError, nearest
 from sampo_cli.trust import check_consent
 
@@ -37,7 +38,7 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UsageError: no such recipe, not YAML, or one that would allow code to run.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         known = shipped_recipes()
         if name not in known:

@@ -34,6 +34,7 @@ from sampo_cli.signals import stop_requests
 from sampo_cli.state import adapter_bytes, bytes_to_come, refuse_other_format
 from sampo_cli.tracking import tracking
 from sampo_cli.trainer import Trainer
+from sampo_cli.trust import check_consent, check_links
 
 RESUMABLE_CHANGES = {
     *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
@@ -163,14 +164,17 @@ def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
         changes: a recipe's tree holding only what is to be different.
 
     Raises:
-        UsageError: nothing to resume, a run that another process is at, or a change that would make it another run.
+        UsageError: nothing to resume, a run that another process is at, one with links to other places or that allows
+            code to run, or a change that would make it another run.
     """
     run = checkpoint.run_of(path)
     if run.is_dir():
+        check_links(run)
         with held(run):
             checkpoint.tidy_run(run)
     run, found = checkpoint.find(path)
     before = read_recipe(run / "recipe.yaml")
+    check_consent(before, run / "recipe.yaml", given="trust_remote_code" in changes.get("model", {}))
     merged = {section: {**values, **changes.get(section, {})} for section, values in before.items()}
     recipe = resolve_recipe(merged | {key: value for key, value in changes.items() if key not in before})
     old = validate(refuse_other_format(found).get("recipe", {}))

@@ -18,10 +18,10 @@ from sampo_cli.adapter import CONFIG_FILE
 from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.errors import ModelError
 from sampo_cli.flex import FLEX
-from sampo_cli.lora import add_adapter
+from sampo_cli.lora import adapter_to_go_on_from, add_adapter
 from sampo_cli.model import NF4_BLOCK, unquantized_layers
 from sampo_cli.pair_attention import NAME as IN_PIECES
-from sampo_cli.remote import fetch, first_line
+from sampo_cli.remote import first_line
 from sampo_cli.target import ON_CPU, ON_CUDA
 
 NESTED_BLOCK = 256
@@ -185,8 +185,7 @@ def with_adapter(base: Any, config: ModelConfig, lora: LoraSection) -> Any:
         return add_adapter(base, lora, seed=0)
     from peft import PeftConfig, get_peft_model
 
-    folder = fetch(config.adapter, "model", revision=None, patterns=(CONFIG_FILE,))
-    folder = folder / "adapter" if (folder / "adapter" / CONFIG_FILE).is_file() else folder
+    folder = adapter_to_go_on_from(config.adapter, patterns=(CONFIG_FILE,))
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = False

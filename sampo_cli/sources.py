@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sampo_cli.data_card import check_card
 from sampo_cli.datafile import DataFile, format_of, is_array
 from sampo_cli.errors import DataError
 from sampo_cli.remote import DATA_FILES, fetch, first_line, is_path_like
@@ -71,6 +72,7 @@ def _split_files(folder: Path, name: str, config: str | None, split: str | None)
 
     if not folder.is_dir():
         raise DataError(f"data '{name}': it has no {', '.join(FORMATS)} files")
+    check_card(name, folder)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             builder = load_dataset_builder(str(folder), name=config, cache_dir=scratch)

@@ -21,7 +21,7 @@ from sampo_cli.errors import ModelError, UsageError
 from sampo_cli.formats import Conversation, Message, Unusable
 from sampo_cli.remote import fetch_model, first_line
 from sampo_cli.special_tokens import SpecialTokens, tokenize
-from sampo_cli.trust import does_not_load
+from sampo_cli.trust import check_templates, does_not_load
 
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -55,7 +55,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
     """The model's tokenizer, with a chat template: its own, `data.chat_template`, or `PLAIN_TEMPLATE`.
 
     Raises:
-        ModelError, HubError: no such model, or transformers cannot load its tokenizer.
+        ModelError, HubError: no such model, transformers cannot load its tokenizer, or it would write elsewhere.
         UsageError: the template file cannot be read.
     """
     folder = fetch_model(model.name, model.revision, weights=False)
@@ -65,6 +65,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
         what, reason = f"model '{model.name}'", f"its tokenizer does not load: {first_line(error)}"
         hint = "the folder needs tokenizer.json and tokenizer_config.json"
         raise does_not_load(what, folder, reason, hint, trusted=model.trust_remote_code) from error
+    check_templates(f"model '{model.name}'", tokenizer.chat_template)
     if data.chat_template is not None:
         tokenizer.chat_template = _read_template(data.chat_template)
     elif not tokenizer.chat_template:
@@ -80,7 +81,7 @@ def uses_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def never_ends(tokenizer: PreTrainedTokenizerBase, template_date: str) -> bool:
     """True where responses end in no special token, so that a model cannot learn from them where to stop."""
     encoder = PairEncoder(tokenizer, template_date)
-    pair = encoder.encode([Conversation([_QUESTION], _ANSWER["content"], "")])[0]
+    pair = encoder.encode([Conversation([_QUESTION], _ANSWER["content"], "OTHER")])[0]
     return isinstance(pair, Encoded) and not encoder.ends_in_special(pair.chosen)
 
 

@@ -473,3 +473,13 @@ def test_the_resolved_recipe_is_complete(finished: Path) -> None:
     assert recipe["method"]["beta"] == 0.1
     assert recipe["train"]["learning_rate"] == 2e-5
     assert recipe["method"]["reduction"] == "sample"
+
+
+def test_the_home_of_nobody(refuses: Callable[..., str], tiny_llama: Path, pairs_file: Path) -> None:
+    nobody = "~nobody-of-this-name/x"
+    flags = ["train", "--model", tiny_llama, "--data", pairs_file]
+    for command in ([*flags, "--output", nobody], ["train", "--recipe", nobody], ["merge", nobody]):
+        assert f"{nobody}: there is no home of that name" in refuses(ExitCode.USAGE, *command)
+    assert "home" in refuses(ExitCode.DATA, "train", "--model", tiny_llama, "--data", nobody)
+    assert "there is no folder" in refuses(ExitCode.MODEL, "train", "--model", nobody, "--data", pairs_file)
+    assert "no checkpoint" in refuses(ExitCode.USAGE, "train", "--resume", nobody)

@@ -242,13 +242,13 @@ def test_room_for_a_merged_model(setting: Setting, disk: Callable[[str], Path]) 
     """Looked for before; and where it goes meanwhile, the merge leaves nothing and can be repeated."""
     run, place = setting.whole(), disk("4m")
     filler, output = place / "filler", place / "merged"
-    fill(filler, 200_000)
+    fill(filler, 100_000)
     outcome = setting.warm.run("merge", run, "--output", output)
     assert outcome.code == ExitCode.FAILURE
-    assert f"no space left for the merged model: 0.5 MB are needed, 0.2 MB are free on {place}" in outcome.stderr
+    assert f"no space left for the merged model: 0.2 MB are needed, 0.1 MB are free on {place}" in outcome.stderr
     filler.unlink()
     begun = {"event": "os.mkdir", "path": ".merged.tmp", "at": 1}
-    outcome = setting.warm.run("merge", run, "--output", output, watch=[place], fill=str(filler), left=200_000, **begun)
+    outcome = setting.warm.run("merge", run, "--output", output, watch=[place], fill=str(filler), left=100_000, **begun)
     assert outcome.code == ExitCode.FAILURE
     assert f"no space left on the disk while writing {output}" in outcome.stderr
     assert list(place.iterdir()) == [filler]

@@ -92,6 +92,7 @@ def test_training_without_any_of_them(tmp_path: Path) -> None:
         *("train", "--model", model, "--data", data, "--output", run, "--max-steps", 1, "--batch-pairs", 2)
     )
     assert "warning: the model has no chat template" in outcome.stderr
+    assert "warning: neither the chat template nor the tokenizer has a token that ends a response" in outcome.stderr
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 
 from sampo_cli import reference as references
 from sampo_cli.batch import Pair
+from sampo_cli.cache import lock
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.methods import METHODS
 from sampo_cli.reference import ReferenceCache, find_or_build, key_parts
@@ -193,8 +193,7 @@ def test_two_runs_do_not_work_it_out_twice(empty_cache: Path) -> None:
     pairs, notes = tiny.PairList(make_pairs()), []
     built = find_or_build({"a": 3}, "x", pairs, range(12), numbers, notes.append)
     aside = built.folder.rename(built.folder.with_name("hidden"))
-    lock = FileLock(built.folder.with_suffix(".lock"))
-    with lock:
+    with lock("reference", built.folder.name):
         with pytest.raises(Interrupted):
             find_or_build({"a": 3}, "x", pairs, range(12), numbers, notes.append, Stop(0))
         assert "waiting" in notes[-1]
