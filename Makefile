@@ -49,7 +49,7 @@ reliability:
 
 audit: $(VENV)/.dev
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet 'pip-audit>=2.7'
-	$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

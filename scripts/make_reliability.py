@@ -26,7 +26,11 @@ PROMISES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Runs": {
         "`kill -9` at any time: `--resume` goes on, and adapter, metrics and summary are in the end bitwise those of "
         "an undisturbed run": ("test_kill.py::",),
-        "`kill -9` while pairs are tokenized loses nothing": ("test_broken_files.py::test_killed",),
+        "`kill -9` while pairs are tokenized loses nothing": (
+            "test_broken_files.py::test_killed",
+            "test_broken_files.py::test_what_a_killed",
+            "test_broken_files.py::test_a_process",
+        ),
         "SIGINT, SIGTERM, SIGHUP, a closed terminal: the step is finished and saved, the exit code says why; a second "
         "signal leaves at once": (
             "test_faults.py::test_a_signal",
@@ -39,12 +43,12 @@ PROMISES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "A full disk is named with its path and what is needed; checkpoints stay whole, nothing half-written": (
             "test_faults.py::test_a_disk",
             "test_faults.py::test_a_full_disk",
+            "test_broken_files.py::test_a_full_disk",
             "test_faults.py::test_a_row_that_does_not_fit",
             "test_faults.py::test_a_log_that",
         ),
         "Free space is checked before training, before the reference pass and before a merge": (
             "test_faults.py::test_room",
-            "test_merge_refusals.py::test_room",
         ),
         "Two runs on one folder: the second is refused; the lock dies with its process": (
             "test_faults.py::test_a_second_run",
@@ -59,9 +63,15 @@ PROMISES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "test_checkpoint.py::test_harmless",
             "test_checkpoint.py::test_rounds_keep",
         ),
-        "A resume with another micro-batch budget: same pairs, order and positions": ("test_trainer.py::test_resume",),
+        "A resume with another micro-batch budget: same pairs, order and positions": (
+            "test_trainer.py::test_another_budget",
+        ),
         "A loss or gradient that is not finite stops the run, or the step is skipped and counted; rows are named": (
-            "test_trainer.py::test_nonfinite",
+            "test_trainer.py::test_a_loss_that_is_not",
+            "test_trainer.py::test_a_step_that_is_not",
+            "test_trainer.py::test_too_many_skipped",
+            "test_trainer.py::test_a_gradient_that_is_not",
+            "test_trainer.py::test_an_evaluation_that_is_not",
         ),
         "Out of memory in the middle: what to lower is named, the checkpoint stays": ("test_faults.py::test_memory",),
         "A tracker that fails in the middle stops nothing": ("test_faults.py::test_a_tracker",),
@@ -80,7 +90,9 @@ PROMISES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Each row is used as it is meant or dropped with a counted reason": ("test_hostile_rows.py::",),
         "A file that cannot be read ends in file, line and reason, exit code 3": (
             "test_broken_files.py::test_broken",
-            "test_broken_files.py::test_a_folder",
+            "test_broken_files.py::test_a_run",
+            "test_broken_files.py::test_a_path",
+            "test_broken_files.py::test_a_file",
         ),
         "Tokenizers without BOS, EOS, pad or template; templates that raise, or that are no prefix of themselves": (
             "test_hostile_templates.py::",

@@ -25,7 +25,7 @@ from sampo_cli.methods import METHODS
 from sampo_cli.plan import new_folder, resolve_recipe
 from sampo_cli.recipes import load_recipe, shipped_recipes
 from sampo_cli.remote import is_path_like
-from scripts import make_reference
+from scripts import make_reference, make_reliability
 from tests import tiny
 from tests.test_architecture import imported
 
@@ -271,3 +271,27 @@ def test_a_run_leaves_what_is_documented(tiny_llama: Path, pairs_file: Path, tmp
     for kind in ("train", "eval"):
         documented = {key for key, kinds, _ in make_reference.METRICS if kind in kinds}
         assert [set(row) for row in rows if row["kind"] == kind] == [documented, documented]
+
+
+def test_every_promise_is_on_the_page_and_has_its_tests() -> None:
+    page = make_reliability.PAGE.read_text(encoding="utf-8")
+    known = [
+        f"{path.name}::{name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    for promise, tests in [item for promises in make_reliability.PROMISES.values() for item in promises.items()]:
+        assert f"| {promise} |" in page, "run: make reliability"
+        for test in tests:
+            assert any(name.startswith(test) for name in known), test
+
+
+def test_a_promise_that_is_not_kept_stops_the_table() -> None:
+    promises = [(promise, tests) for group in make_reliability.PROMISES.values() for promise, tests in group.items()]
+    found = [{"test": f"tests/{tests[0]}", "outcome": "passed"} for _, tests in promises]
+    found.append({"test": f"tests/{promises[0][1][0]}", "result": "a | b <c>"})
+    assert r"| 1 passed<br>a \| b &lt;c> |" in make_reliability.table(found)
+    with pytest.raises(SystemExit, match="failed"):
+        make_reliability.table([*found, {"test": f"tests/{promises[-1][1][0]}[x]", "outcome": "failed"}])
+    with pytest.raises(SystemExit):
+        make_reliability.table(found[1:])
