@@ -281,7 +281,8 @@ def test_every_promise_is_on_the_page_and_has_its_tests() -> None:
         for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
     for promise, tests in [item for promises in make_reliability.PROMISES.values() for item in promises.items()]:
-        assert f"| {promise} |" in page, "run: make reliability"
+        if "SAMPO_RELIABILITY" not in os.environ:  # a run for that page comes before it
+            assert f"| {promise} |" in page, "run: make reliability"
         for test in tests:
             assert any(name.startswith(test) for name in known), test
 
