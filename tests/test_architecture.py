@@ -12,7 +12,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in 
 
 # Floor by floor: a module may import from the floors above its own in this list, never from its own floor or below.
 FLOORS = [
-    {"errors", "sampling", "citations", "running", "activations", "ledger", "secrets_scan"},
+    {"errors", "sampling", "citations", "running", "activations", "ledger", "secrets_scan", "length_bias"},
     {"fingerprint", "disk"},
     {"trust"},
     {"plain_yaml"},
