@@ -109,6 +109,7 @@ def _memory(found: Forecast, device: Device) -> dict[str, Any]:
     return {
         "device": device.name,
         "there is": device.memory,
+        "usable": device.usable,
         "needed": found.needed,
         "fits": found.fits,
         "tokens per micro-batch": found.tokens,

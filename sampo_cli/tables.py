@@ -115,7 +115,8 @@ def _print_memory(memory: Mapping[str, Any]) -> None:
         if size >= 2**19:
             table.add_row(part, f"{size / 2**20:,.0f}")
     table.add_row("in all", f"{memory['needed'] / 2**20:,.0f}", style="bold")
-    table.add_row(f"there is, on {escape(memory['device'])}", f"{memory['there is'] / 2**20:,.0f}")
+    there_is, usable = (f"{memory[key] / 2**20:,.0f}" for key in ("there is", "usable"))
+    table.add_row(f"of {there_is} on {escape(memory['device'])}, usable", usable)
     stdout.print(table)
     rows, positions = memory["largest micro-batch"].values()
     verdict = "fits" if memory["fits"] else "does not fit"

@@ -46,7 +46,12 @@ class Device:
     @property
     def room(self) -> int:
         """Bytes for tensors, with some headroom."""
-        return int(self.memory * (1 - HEADROOM)) - self.framework
+        return self.usable - self.framework
+
+    @property
+    def usable(self) -> int:
+        """Bytes of `memory` that a run is planned to take."""
+        return int(self.memory * (1 - HEADROOM))
 
 
 def this_device() -> Device:
