@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from sampo_cli.batch import Pair
+from sampo_cli.batch import Pair, TokenIds
 from sampo_cli.cache import UNFINISHED, cache_folder, is_complete, lock, remove_unfinished
 from sampo_cli.config import DataConfig
 from sampo_cli.datafile import DataFile, Stamp, digest, stamp
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.pair_builder import INDEX, Counts, Progress, StoreBuilder
+from sampo_cli.readers import read_rows
 from sampo_cli.sampling import SPLIT
 from sampo_cli.sources import find
 from sampo_cli.template import PairEncoder
@@ -45,13 +47,15 @@ class PairDataset:
         pair_ids: int64 [n], the row's number over all sources, from 0, counted before any is dropped.
     """
 
-    def __init__(self, folder: Path, files: Sequence[DataFile], max_length: int, *, cached: bool) -> None:
+    def __init__(
+        self, folder: Path, files: Sequence[DataFile], stamps: Sequence[Stamp], max_length: int, *, cached: bool
+    ) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.counts = Counts(**meta["counts"])
         self.fingerprint = folder.name
         self.max_length = max_length
         self.cached = cached
-        self._files = files
+        self._files, self._stamps = files, stamps
         self._tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self._index = np.memmap(folder / "index.bin", INDEX, "r")
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
@@ -69,6 +73,23 @@ class PairDataset:
         tokens = np.array(self._tokens[start : start + sum(lengths)])
         prompt, chosen, rejected = np.split(tokens, np.cumsum(lengths)[:-1])
         return Pair(int(record["pair_id"]), prompt, chosen, rejected)
+
+    def tokens(self, first: int, last: int) -> TokenIds:
+        """The ids of pairs first to last - 1, one after the other, each as prompt, chosen, rejected."""
+        record = self._index[last - 1]
+        stop = int(record["start"]) + sum(int(record[part]) for part in _PARTS)
+        return np.array(self._tokens[int(self._index[first]["start"]) : stop])
+
+    def source_rows(self, columns: Collection[str]) -> Iterator[Any]:
+        """Every row of the sources, read again, in the order of pair ids; `columns` as `read_rows` takes them.
+
+        Raises:
+            DataError: a file was written to since it was tokenised, said after the last row, or it cannot be read.
+        """
+        rows = chain.from_iterable(read_rows(file, columns) for file in self._files)
+        for _, row in islice(rows, self.counts.rows):
+            yield row
+        _refuse_changed(self._files, self._stamps)
 
     def where(self, pair_id: int) -> str:
         """Where the pair of that id came from, for messages."""
@@ -118,7 +139,7 @@ def prepare(
         total = None if None in lines else sum(count or 0 for count in lines)
         builder = StoreBuilder(config, encoder, max_length, progress, total)
         _build(folder, builder, sources, stamps)
-    return PairDataset(folder, files, max_length, cached=cached)
+    return PairDataset(folder, files, stamps, max_length, cached=cached)
 
 
 def split(pairs: int, eval_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -177,7 +198,7 @@ def _build(folder: Path, builder: StoreBuilder, sources: Sequence[Sequence[DataF
             aside.mkdir()
             try:
                 builder.build(aside, sources)
-                _refuse_changed(sources, stamps)
+                _refuse_changed([file for source in sources for file in source], stamps)
                 aside.rename(folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -188,8 +209,8 @@ def _build(folder: Path, builder: StoreBuilder, sources: Sequence[Sequence[DataF
         ) from error
 
 
-def _refuse_changed(sources: Sequence[Sequence[DataFile]], stamps: Sequence[Stamp]) -> None:
+def _refuse_changed(files: Sequence[DataFile], stamps: Sequence[Stamp]) -> None:
     """A file that was written to between its digest and its last row would be kept under the wrong key."""
-    for file, before in zip((file for source in sources for file in source), stamps, strict=True):
+    for file, before in zip(files, stamps, strict=True):
         if stamp(file) != before:
             raise DataError(f"{file.name}: it was written to while it was read", hint="run again when it is finished")

@@ -1,6 +1,6 @@
 """What `sampo data` shows, as plain data: counts, lengths, the bias towards long or short answers, one pair by token.
 
-Nothing is drawn or printed here, and only lengths are read, so a million pairs are summarised at once.
+Nothing is drawn or printed here. All but the search for repeats (`repeats.py`) reads lengths only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from sampo_cli.batch import Pair
 from sampo_cli.data import PairDataset
+from sampo_cli.label_bias import (
+    GapHistogram,
+    GapStep,
+    LabelBias,
+    advice,
+    gap_histogram,
+    label_bias,
+    longer_wins_by_gap,
+)
 from sampo_cli.pair_builder import Counts
+from sampo_cli.repeats import Repeats, find_repeats
 
 Kind = Literal["prompt", "chosen", "rejected"]
 Token = tuple[str, Kind, bool]
@@ -52,22 +62,26 @@ class Summary:
         max_length: tokens of prompt plus response, at most.
         lengths: by part, "prompt", "chosen", "rejected".
         histogram: of response lengths.
-        chosen_longer, equal_length: shares of pairs.
-        mean_gap, median_gap: chosen minus rejected, in tokens.
+        labels: how they go with length.
+        gap_histogram: of chosen minus rejected tokens.
+        longer_wins_by_gap: how often the longer response is chosen, by how much longer it is.
+        repeats: identical and nearly identical ones.
         truncated_share: by part, of the kept pairs.
         kept_share: of response tokens under down-sampling to the shorter response, sum of 2 T_m / sum of (T_w + T_l).
+        advice: what it means for the choice of method, a sentence.
     """
 
     counts: Counts
     max_length: int
     lengths: dict[str, Lengths]
     histogram: Histogram
-    chosen_longer: float
-    equal_length: float
-    mean_gap: float
-    median_gap: float
+    labels: LabelBias
+    gap_histogram: GapHistogram
+    longer_wins_by_gap: list[GapStep]
+    repeats: Repeats
     truncated_share: dict[str, float]
     kept_share: float
+    advice: str
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain numbers, for JSON."""
@@ -78,17 +92,20 @@ def summarise(dataset: PairDataset) -> Summary:
     """The numbers of a data set of at least one pair."""
     chosen, rejected = (tokens.astype(np.int64) for tokens in (dataset.chosen_tokens, dataset.rejected_tokens))
     gap = chosen - rejected
+    labels = label_bias(gap)
+    kept_share = float(2 * np.minimum(chosen, rejected).sum() / (chosen + rejected).sum())
     return Summary(
         counts=dataset.counts,
         max_length=dataset.max_length,
         lengths={"prompt": _lengths(dataset.prompt_tokens), "chosen": _lengths(chosen), "rejected": _lengths(rejected)},
         histogram=_histogram(chosen, rejected),
-        chosen_longer=float(np.mean(gap > 0)),
-        equal_length=float(np.mean(gap == 0)),
-        mean_gap=float(gap.mean()),
-        median_gap=float(np.median(gap)),
+        labels=labels,
+        gap_histogram=gap_histogram(gap),
+        longer_wins_by_gap=longer_wins_by_gap(gap),
+        repeats=find_repeats(dataset),
         truncated_share={part: cut / len(dataset) for part, cut in dataset.counts.truncated.items()},
-        kept_share=float(2 * np.minimum(chosen, rejected).sum() / (chosen + rejected).sum()),
+        kept_share=kept_share,
+        advice=advice(labels, kept_share),
     )
 
 

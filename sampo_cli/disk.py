@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from sampo_cli.errors import SampoError, UsageError
 
@@ -70,22 +71,32 @@ def writing(path: Path, needed: int = 0, help: str = "") -> Iterator[None]:
         raise SampoError(f"no space left on the disk while writing {path}", hint=hint) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Give a file this content, on the disk and at once: a reader sees the old file or the new one.
+@contextmanager
+def whole_file(path: Path, needed: int = 0) -> Iterator[TextIO]:
+    """A new text file that takes its name when it is on the disk: a reader sees the old one or the whole new one.
+
+    Args:
+        needed: bytes, to be named if they are not there.
 
     Raises:
         SampoError: the disk is full; the old file is as it was.
     """
     aside = path.with_name(f".{path.name}.tmp")
-    with writing(path, len(text)):
+    with writing(path, needed):
         try:
             with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Give a file this content, as `whole_file` does."""
+    with whole_file(path, len(text)) as file:
+        file.write(text)
 
 
 def flush(path: Path) -> None:

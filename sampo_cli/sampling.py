@@ -15,7 +15,7 @@ Reduction = Literal["sum", "sample", "expected", "average", "mean"]
 Sampling = Literal["paired", "independent"]
 Weights = NDArray[np.float32]
 
-POLICY, REFERENCE, ORDER, SPLIT, ROUNDS = range(5)
+POLICY, REFERENCE, ORDER, SPLIT, ROUNDS, BALANCE = range(6)
 """What a draw is for: the last part of a generator's key. (numpy pads keys with zeros, so POLICY needs none.)"""
 
 

@@ -9,11 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sampo_cli.balance import Balanced
 from sampo_cli.cache import Entry, cache_folder
 from sampo_cli.console import print_facts, stdout
 from sampo_cli.data_report import Summary, Token
 from sampo_cli.formats import printable
 from sampo_cli.hub import PushPlan
+from sampo_cli.label_bias import LabelBias
 from sampo_cli.methods import Method
 
 BAR = 24
@@ -21,15 +23,14 @@ STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
 
 
 def print_data_report(summary: Summary, tokens: Sequence[Token], where: str) -> None:
-    """Counts, lengths, histogram, and the pair at `where`."""
+    """Counts, lengths, histograms, what labels say of length, and the pair at `where`."""
     stdout.print(counts_table(summary))
     stdout.print(lengths_table(summary))
     stdout.print(histogram_table(summary))
-    stdout.print(
-        f"chosen is longer in {summary.chosen_longer:.1%} of pairs, as long in {summary.equal_length:.1%}; "
-        f"gap (chosen - rejected): mean {summary.mean_gap:+.1f}, median {summary.median_gap:+.1f} tokens\n"
-        f"down-sampling to the shorter response keeps {summary.kept_share:.1%} of response tokens\n"
-    )
+    stdout.print(gap_table(summary))
+    stdout.print(labels_table(summary.labels))
+    stdout.print(f"down-sampling to the shorter response keeps {summary.kept_share:.1%} of response tokens")
+    stdout.print(f"[bold]{escape(summary.advice)}[/bold]\n")
     stdout.print(f"[bold]{escape(where)}[/bold], token by token; a token that counts in the first epoch ends in │")
     stdout.print(token_text(tokens), soft_wrap=True)
 
@@ -43,7 +44,16 @@ def counts_table(summary: Summary) -> Table:
         table.add_row(f"dropped: {escape(reason)}", f"{number:,}")
     for part, number in counts.truncated.items():
         table.add_row(f"truncated: {part}", f"{number:,} ({summary.truncated_share[part]:.1%})")
+    repeats = summary.repeats
+    table.add_row("of the usable ones", "")
+    table.add_row("identical to an earlier pair", _of(repeats.identical_pairs, counts.kept))
+    table.add_row("with the prompt of an earlier pair", _of(repeats.identical_prompts, counts.kept))
+    table.add_row("chosen and rejected nearly identical", _of(repeats.near_identical, counts.kept))
     return table
+
+
+def _of(number: int, pairs: int) -> str:
+    return f"{number:,} ({number / pairs:.1%})"
 
 
 def lengths_table(summary: Summary) -> Table:
@@ -63,6 +73,48 @@ def histogram_table(summary: Summary) -> Table:
         bars = [f"{'█' * round(BAR * number / most)} {number or ''}" for number in numbers]
         table.add_row(f"{low}-{high - 1}", f"[green]{bars[0]}[/]", f"[red]{bars[1]}[/]")
     return table
+
+
+def gap_table(summary: Summary) -> Table:
+    histogram = summary.gap_histogram
+    table = Table("chosen - rejected", "pairs", title="length gap, tokens", title_justify="left")
+    most = max(histogram.pairs)
+    for low, high, number in zip(histogram.edges, histogram.edges[1:], histogram.pairs, strict=False):
+        style = "dim" if low == 0 else "green" if low > 0 else "red"
+        span = f"{low:+,}" if high == low + 1 else f"{low:+,} to {high - 1:+,}"
+        table.add_row("0" if low == 0 else span, f"[{style}]{'█' * round(BAR * number / most)}[/] {number or ''}")
+    return table
+
+
+def labels_table(labels: LabelBias) -> Table:
+    table = Table("chosen against rejected", "", title="what labels say of length", title_justify="left")
+    for name, number in _bias_rows(labels).items():
+        table.add_row(name, number)
+    return table
+
+
+def print_balanced(written: Balanced) -> None:
+    """How many rows were kept, and the bias before and after."""
+    table = Table("pairs", "all", "balanced", title=f"written to {escape(written.path)}", title_justify="left")
+    table.add_row("number", f"{written.pairs:,}", _of(written.kept, written.pairs))
+    after = _bias_rows(written.after)
+    for name, number in _bias_rows(written.before).items():
+        table.add_row(name, number, after[name])
+    stdout.print(table)
+
+
+def _bias_rows(labels: LabelBias) -> dict[str, str]:
+    """The bias as texts by name."""
+    low, high = labels.interval
+    return {
+        "chosen is longer": f"{labels.chosen_longer:.1%}",
+        "as long": f"{labels.equal_length:.1%}",
+        "gap, mean": f"{labels.mean_gap:+,.1f} tokens",
+        "gap, median": f"{labels.median_gap:+,.1f} tokens",
+        "'longer wins' is right": f"{labels.longer_wins:.1%} ({low:.1%} to {high:.1%})",
+        "regression is right": f"{labels.model.accuracy:.1%}",
+        "log-odds per 100 tokens": f"{100 * labels.model.slope:+.2f}",
+    }
 
 
 def token_text(tokens: Sequence[Token]) -> Text:

@@ -12,11 +12,21 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in 
 
 # Floor by floor: a module may import from the floors above its own in this list, never from its own floor or below.
 FLOORS = [
-    {"errors", "sampling", "citations", "running", "activations", "ledger", "secrets_scan", "length_bias"},
+    {
+        "errors",
+        "sampling",
+        "citations",
+        "running",
+        "activations",
+        "ledger",
+        "secrets_scan",
+        "length_bias",
+        "label_bias",
+    },
     {"fingerprint", "disk"},
     {"trust"},
     {"plain_yaml"},
-    {"metrics", "lock"},
+    {"metrics", "lock", "plots"},
     {"config", "remote", "checkpoint", "batch", "logprobs", "formats", "console", "signals", "cache"},
     {"pair_attention", "attention", "kernels"},
     {"flex"},
@@ -24,7 +34,7 @@ FLOORS = [
     {"adapter", "scores", "journal", "card_facts", "options", "template", "generate", "methods", "sources", "readers"},
     {"lora", "pair_builder", "card", "method_checks", "standins"},
     {"model", "data", "hub"},
-    {"upload", "target", "workload"},
+    {"upload", "target", "workload", "repeats", "balance"},
     {"state", "data_report", "drift", "merge_plan", "skeleton"},
     {"budget", "checks", "footprint"},
     {"reference", "forecast"},

@@ -103,7 +103,7 @@ FLAGS = {
     "methods": "--json --debug",
     "cache list": "--json --debug",
     "cache clear": "--quiet --json --debug",
-    "data": "--model --max-length --row --set --quiet --json --debug",
+    "data": "--model --max-length --row --plot --balance --set --quiet --json --debug",
     "merge": "--base --output --dtype --trust-remote-code --quiet --json --debug",
     "push-to-hub": "--repo --merged --public --dry-run --quiet --json --debug",
 }
@@ -219,11 +219,33 @@ def test_data_shows_counts_lengths_and_a_pair(refuses: Callable[..., str], tiny_
     assert summary["counts"]["kept"] == 24
     shown = succeeds("data", pairs_file, "--model", tiny_llama, "--row", 3).stdout
     assert f"{pairs_file}:3" in shown.replace("\n", "")
-    assert "chosen is longer in" in shown
+    assert all(text in shown for text in ("chosen is longer", "length gap, tokens", "nearly identical", "Labels "))
     assert "<|im_end|>│" in shown
     assert "not among the usable pairs" in refuses(
         ExitCode.DATA, "data", pairs_file, "--model", tiny_llama, "--row", 99
     )
+
+
+def test_data_draws_and_balances(
+    refuses: Callable[..., str], tiny_llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    balanced, flags = tmp_path / "balanced.jsonl", ("--model", tiny_llama, "--json")
+    more = ("--plot", tmp_path / "plots", "--balance", balanced)
+    report = json.loads(succeeds("data", pairs_file, *flags, *more).stdout)
+    assert [Path(path).name for path in report["plots"]] == ["gap.png", "lengths.png", "longer-wins.png"]
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in report["plots"])
+    written = report["balanced"]
+    assert written["kept"] == len(balanced.read_text().splitlines()) < written["pairs"] == 24
+    assert written["before"] == report["labels"]
+    again = json.loads(succeeds("data", balanced, *flags).stdout)
+    assert again["labels"] == written["after"]
+    assert again["labels"]["longer_wins"] == 0.5
+    assert (again["plots"], again["balanced"]) == ([], None)
+    plan = succeeds(*train_flags(tiny_llama, balanced, tmp_path / "run", "--dry-run", "--json"))
+    assert json.loads(plan.stdout)["train pairs"] == written["kept"] - round(0.2 * written["kept"])
+    assert "already there" in refuses(ExitCode.USAGE, "data", pairs_file, *flags, "--balance", balanced)
+    shown = succeeds("data", pairs_file, *flags[:2], "--balance", tmp_path / "b.jsonl", "--set", "train.seed=1").stdout
+    assert f"{written['kept']} ({written['kept'] / 24:.1%})" in shown
 
 
 def test_tensorboard_gets_the_rows(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:

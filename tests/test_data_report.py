@@ -14,6 +14,7 @@ from sampo_cli.batch import Pair
 from sampo_cli.config import DataConfig
 from sampo_cli.data import PairDataset, prepare
 from sampo_cli.data_report import Lengths, summarise, token_view
+from sampo_cli.repeats import Repeats
 from sampo_cli.template import PLAIN_TEMPLATE
 from tests import tiny
 
@@ -40,8 +41,10 @@ def test_summary(dataset: PairDataset) -> None:
     assert summary.lengths["chosen"] == Lengths(mean=9.0, median=4.5, p90=pytest.approx(19.0), max=25)
     assert summary.lengths["rejected"] == Lengths(mean=5.5, median=3.5, p90=pytest.approx(4 + 0.7 * 9), max=13)
     # gaps -1, 0, 3, 12
-    assert (summary.chosen_longer, summary.equal_length) == (0.5, 0.25)
-    assert (summary.mean_gap, summary.median_gap) == (3.5, 1.5)
+    assert (summary.labels.chosen_longer, summary.labels.equal_length) == (0.5, 0.25)
+    assert (summary.labels.mean_gap, summary.labels.median_gap) == (3.5, 1.5)
+    assert summary.repeats == Repeats(0, 0, 0)
+    assert "prefer neither length" in summary.advice  # four pairs show nothing
     # shorter 2, 4, 2, 13 = 21 of 36 + 22 = 58
     assert summary.kept_share == pytest.approx(42 / 58)
     assert summary.truncated_share == {"prompt": 0.25, "chosen": 0.25, "rejected": 0.0}
@@ -62,6 +65,10 @@ def test_summary_is_json(dataset: PairDataset) -> None:
     assert loaded["counts"]["dropped"] == {"identical responses": 1}
     assert loaded["lengths"]["chosen"]["max"] == 25
     assert sum(loaded["histogram"]["chosen"]) == 4
+    assert sum(loaded["gap_histogram"]["pairs"]) == 4
+    assert loaded["labels"]["longer_wins"] == 0.625
+    assert loaded["labels"]["model"]["slope"] > 0
+    assert sum(step["pairs"] for step in loaded["longer_wins_by_gap"]) == 3
 
 
 def test_token_view() -> None:
