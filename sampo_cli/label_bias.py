@@ -184,7 +184,7 @@ def longer_wins_by_gap(gaps: ArrayLike) -> list[GapStep]:
 
 
 def advice(bias: LabelBias, kept_share: float) -> str:
-    """What the numbers mean for the choice of method, in a sentence. A rule of thumb, not a forecast.
+    """What the numbers mean for the choice of method, in a sentence: a rule of thumb, whose thresholds were chosen.
 
     Args:
         bias: of the labels.
@@ -198,7 +198,7 @@ def advice(bias: LabelBias, kept_share: float) -> str:
     low, high = bias.interval
     shown = f"the longer one is chosen in {bias.longer_wins:.1%}, 95 % interval {low:.1%} to {high:.1%}"
     if low <= 0.5 <= high:
-        return f"Labels prefer neither length ({shown}): expect dpo and sampo to differ little in how long answers get."
+        return f"Labels prefer neither length ({shown}): dpo and sampo should differ little in how long answers get."
     way = "longer" if bias.longer_wins > 0.5 else "shorter"
     if abs(bias.longer_wins - 0.5) < STRONG:
         return f"Labels lean a little to the {way} response ({shown}): dpo's sum may add to that, sampo does not."

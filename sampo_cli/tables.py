@@ -95,12 +95,13 @@ def labels_table(labels: LabelBias) -> Table:
 
 def print_balanced(written: Balanced) -> None:
     """How many rows were kept, and the bias before and after."""
-    table = Table("pairs", "all", "balanced", title=f"written to {escape(written.path)}", title_justify="left")
+    table = Table("pairs", "all", "balanced", title="a balanced subset", title_justify="left")
     table.add_row("number", f"{written.pairs:,}", _of(written.kept, written.pairs))
     after = _bias_rows(written.after)
     for name, number in _bias_rows(written.before).items():
         table.add_row(name, number, after[name])
     stdout.print(table)
+    stdout.print(f"written to {written.path}", markup=False, soft_wrap=True)
 
 
 def _bias_rows(labels: LabelBias) -> dict[str, str]:
