@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by: make reliability -->", "<!-- end -->"
-MOST_SHOWN = 12
+MOST_SHOWN = 8
 
 PROMISES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Runs": {
@@ -166,7 +166,7 @@ def _row(promise: str, tests: tuple[str, ...], lines: list[Mapping[str, str]]) -
     if outcomes["failed"] or not outcomes["passed"]:
         raise SystemExit(f"{promise}: {dict(outcomes)}")
     skipped = f", {outcomes['skipped']} skipped" if outcomes["skipped"] else ""
-    details = list(dict.fromkeys(line["result"] for line in chosen if "result" in line))
+    details = list(dict.fromkeys(line["result"] for line in reversed(chosen) if "result" in line))  # long forms first
     rest = [f"and {len(details) - MOST_SHOWN} more"] if len(details) > MOST_SHOWN else []
     shown = [f"{outcomes['passed']} passed{skipped}", *(_cell(text) for text in details[:MOST_SHOWN]), *rest]
     files = sorted({test.partition("::")[0] for test in tests})
@@ -183,7 +183,7 @@ def main(path: str) -> None:
     made = f"{datetime.now(UTC):%Y-%m-%d}, {platform.system()}, Python {platform.python_version()}, {packages}"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    text = f"{BEGIN}\n\nFrom one run of `make reliability`: {made}.\n\n{table(found)}\n\n{END}"
+    text = f"{BEGIN}\n\nFrom `make reliability`, {made}.\n\n{table(found)}\n\n{END}"
     PAGE.write_text(before + text + after, encoding="utf-8")
     print(f"wrote {PAGE}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,21 @@ def test_a_checkpoint_is_adapter_and_optimizer(tiny_llama: Path, tmp_path: Path)
     taken = folder_bytes(checkpoint.find(tmp_path / "run")[1])
     parameters = sum(parameter.numel() for parameter in trainer.parameters)
     assert 12 * parameters < taken < checkpoint_bytes(trainer.machinery) < 12 * parameters + 2**17
+
+
+@pytest.mark.long
+def test_a_checkpoint_of_an_8b_models_adapter_takes_seconds(tiny_llama: Path, tmp_path: Path) -> None:
+    """As many trainable parameters as rank 16 on all layers of Llama-3-8B has, on the disk for certain."""
+    trainer = make_trainer(make_recipe(tiny_llama, train={"max_steps": 1}, lora={"r": 20_480}), tmp_path / "run")
+    trainer.fit(StopRequest())
+    parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    assert parameters == 41_943_040
+    began = time.monotonic()
+    trainer.save()
+    seconds = time.monotonic() - began
+    taken = folder_bytes(checkpoint.find(tmp_path / "run")[1])
+    assert seconds < 30
+    record(f"{parameters:,} parameters, {taken / 1e6:,.0f} MB: {seconds:.1f} s until it is on the disk")
 
 
 # Through the command line ---------------------------------------------------------------------------------------------
