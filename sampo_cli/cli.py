@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sampo_cli import __version__, commands_data, commands_share, commands_train, console
+from sampo_cli import __version__, commands_data, commands_report, commands_share, commands_train, console
 from sampo_cli.errors import ExitCode, OutOfMemory, SampoError, is_out_of_memory
 from sampo_cli.secrets_scan import mask
 from sampo_cli.trust import CONTROL
@@ -35,6 +35,8 @@ app.command("data")(commands_data.show_data)
 app.command("merge")(commands_share.merge)
 app.command("push-to-hub")(commands_share.push_to_hub)
 app.command("methods")(commands_data.methods)
+app.command("runs")(commands_report.runs)
+app.command("report")(commands_report.report)
 app.add_typer(commands_data.cache, name="cache")
 
 

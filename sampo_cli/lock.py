@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 from sampo_cli.errors import UsageError
 
 LOCK = ".lock"
+LOOKING_SECONDS = 0.5
+"""Who only looks whether somebody has a folder holds its lock for a moment; a run waits that long for it."""
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def held(run: Path) -> Iterator[None]:
     """
     lock = FileLock(run / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOOKING_SECONDS)
     except Timeout:
         raise UsageError(
             f"another process is writing into {run}", hint="wait until it has ended, or give a new run another --output"

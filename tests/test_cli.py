@@ -101,6 +101,8 @@ FLAGS = {
         "--dry-run --set --quiet --json --debug --iterations --cache-reference --gpu-memory"
     ),
     "methods": "--json --debug",
+    "runs": "--json --debug",
+    "report": "--output --quiet --json --debug",
     "cache list": "--json --debug",
     "cache clear": "--quiet --json --debug",
     "data": "--model --max-length --row --plot --balance --set --quiet --json --debug",

@@ -1,0 +1,48 @@
+"""Commands that look at runs: `runs`, `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sampo_cli import console
+from sampo_cli.options import RUN, Debug, Json, Quiet, option
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look, and below.")] = Path("outputs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs in a folder: method, data, steps, what they reached, state."""
+    from sampo_cli.run_files import find_runs, headline
+    from sampo_cli.tables_report import print_runs
+
+    found = [headline(run) for run in find_runs(folder)]
+    if as_json:
+        console.print_json(found)
+    else:
+        print_runs(found, folder)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, shown over each other.")],
+    output: Annotated[Optional[Path], option("--output", "Where to; the run's own report/ if not given.", RUN)] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw one page about one or several runs, and its figures as PNG files."""
+    from sampo_cli.plots import check_plots
+    from sampo_cli.report import write_report
+
+    place = output or folders[0] / "report"
+    check_plots(place)
+    files = write_report(folders, place)
+    if as_json:
+        console.print_json([str(path) for path in files])
+    elif not quiet:
+        facts = {"page": files[0], "figures": f"{len(files) - 1} PNG files beside it"}
+        console.print_facts("report", facts)

@@ -1,0 +1,48 @@
+"""What `sampo runs` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from sampo_cli.console import stdout
+
+COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "crashed": "red", "broken": "red"}
+
+
+def print_runs(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """A row for each run; what a run has no number for stays empty."""
+    if not found:
+        stdout.print(f"no runs in {folder}", markup=False, soft_wrap=True)
+        return
+    table = Table(box=None, header_style="bold")
+    for heading in ("run", "method", "data", "steps", "best accuracy", "length bias", "answers (base)", "state"):
+        table.add_column(heading, overflow="fold")
+    for run in found:
+        table.add_row(
+            *map(escape, _cells(run, folder)), f"[{COLOURS.get(run['state'], 'yellow')}]{escape(run['state'])}[/]"
+        )
+    stdout.print(table)
+    for run in found:
+        if "problem" in run:
+            stdout.print(f"{run['run']}: {run['problem']}", markup=False, soft_wrap=True)
+
+
+def _cells(run: Mapping[str, Any], folder: Path) -> list[str]:
+    path = Path(run["run"])
+    name = str(path.relative_to(folder)) if path.is_relative_to(folder) and path != folder else str(path)
+    steps = (
+        f"{run['steps']:g}/{run['planned_steps']:g}" if run.get("steps") is not None and run["planned_steps"] else ""
+    )
+    accuracy = "" if run.get("best_accuracy") is None else f"{run['best_accuracy']:.3f}"
+    bias = "" if run.get("length_bias") is None else f"{run['length_bias']:+.2f}"
+    lengths = ""
+    if run.get("generated_tokens") is not None:
+        base = "" if run["base_tokens"] is None else f" ({run['base_tokens']:.0f})"
+        lengths = f"{run['generated_tokens']:.0f}{base} tokens"
+    data = ", ".join(Path(source).name for source in run.get("data", "").split(", "))
+    return [name, run.get("method", ""), data, steps, accuracy, bias, lengths]
