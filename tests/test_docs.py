@@ -27,7 +27,6 @@ from sampo_cli.recipes import load_recipe, shipped_recipes
 from sampo_cli.remote import is_path_like
 from scripts import make_reference, make_reliability
 from tests import tiny
-from tests.test_architecture import imported
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sampo_cli"
@@ -237,15 +236,6 @@ def test_the_readme_has_every_source_file_once() -> None:
     (tree,) = [block for block in fences(ROOT / "README.md", "text") if block.startswith("sampo_cli/")]
     listed = re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE)
     assert sorted(listed) == sorted(modules())
-
-
-def test_no_file_imports_one_below_it_in_the_house() -> None:
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    house = re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE)
-    assert sorted(house) == sorted(modules())
-    for place, name in enumerate(house):
-        above = {Path(other).stem for other in house[:place]}
-        assert not imported(Path(name).stem) - above, f"{name} imports a file below it in docs/design.md"
 
 
 def listed_files(page: Path, start: str) -> set[str]:
