@@ -17,7 +17,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sampo_cli import __version__, commands_data, commands_report, commands_share, commands_train, console
+from sampo_cli import (
+    __version__,
+    commands_data,
+    commands_eval,
+    commands_report,
+    commands_share,
+    commands_train,
+    console,
+)
 from sampo_cli.errors import ExitCode, OutOfMemory, SampoError, is_out_of_memory
 from sampo_cli.secrets_scan import mask
 from sampo_cli.trust import CONTROL
@@ -32,6 +40,7 @@ app = typer.Typer(
 
 app.command("train")(commands_train.train)
 app.command("data")(commands_data.show_data)
+app.command("eval")(commands_eval.evaluate)
 app.command("merge")(commands_share.merge)
 app.command("push-to-hub")(commands_share.push_to_hub)
 app.command("methods")(commands_data.methods)
@@ -79,6 +88,7 @@ def _tame_libraries(*, debug: bool, bars: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,31 @@ def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) 
     """
     from peft import PeftModel
 
+    folder = _adapter_of(name, base_fingerprint)
+    with _fitting(name):
+        model = PeftModel.from_pretrained(base, folder, adapter_name=POLICY_ADAPTER, is_trainable=True)
+        model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    model.set_adapter(POLICY_ADAPTER)
+    model.peft_config[POLICY_ADAPTER].lora_dropout = dropout
+    _set_dropout(model, {REFERENCE_ADAPTER: 0.0, POLICY_ADAPTER: dropout})
+    return model
+
+
+def trained_adapter(base: Any, name: str, base_fingerprint: str) -> Any:
+    """A trained adapter on its base, to be used and not trained: it is the policy, and adapter-off the reference.
+
+    Raises:
+        ModelError: as `resume_adapter` does.
+    """
+    from peft import PeftModel
+
+    folder = _adapter_of(name, base_fingerprint)
+    with _fitting(name):
+        return PeftModel.from_pretrained(base, folder, adapter_name=POLICY_ADAPTER)
+
+
+def _adapter_of(name: str, base_fingerprint: str) -> Path:
+    """The adapter's folder, if it was trained on these weights or does not say on which."""
     folder = adapter_to_go_on_from(name)
     record = read_adapter(folder).record
     if record.get("base_fingerprint", base_fingerprint) != base_fingerprint:
@@ -79,15 +105,15 @@ def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) 
             f"adapter '{name}' was trained on '{record.get('base_model')}', and the base given has other weights",
             hint="give --model the model that it was trained on",
         )
+    return folder
+
+
+@contextmanager
+def _fitting(name: str) -> Iterator[None]:
     try:
-        model = PeftModel.from_pretrained(base, folder, adapter_name=POLICY_ADAPTER, is_trainable=True)
-        model.load_adapter(folder, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+        yield
     except (ValueError, RuntimeError, KeyError, TypeError, re.error) as error:
         raise ModelError(f"adapter '{name}' does not fit the base: {first_line(error)}") from error
-    model.set_adapter(POLICY_ADAPTER)
-    model.peft_config[POLICY_ADAPTER].lora_dropout = dropout
-    _set_dropout(model, {REFERENCE_ADAPTER: 0.0, POLICY_ADAPTER: dropout})
-    return model
 
 
 def adapter_to_go_on_from(name: str, patterns: tuple[str, ...] = ADAPTER_FILES) -> Path:

@@ -213,6 +213,18 @@ def load_policy(
         adapter.revision = config.revision
     set_checkpointing(base, checkpointing)
     policy = Policy(model, dtype=pick_dtype(config.dtype, device), offload=offload)
+    reason = settle_layout(policy, config)
+    facts = describe(policy, config, reason, fingerprint)
+    attention = f"{facts.attention} ({no_flex})" if no_flex else facts.attention
+    return policy, replace(facts, attention=attention, kernels=kernels)
+
+
+def settle_layout(policy: Policy, config: ModelConfig) -> str:
+    """Check the head of a loaded model and find its layout; the reason for two rows per pair, if the test found one.
+
+    Raises:
+        ModelError: see `check_head`.
+    """
     check_head(policy)
     reason = ""
     if config.layout == "auto":
@@ -220,9 +232,7 @@ def load_policy(
     else:
         policy.layout = config.layout
     use_pieces(policy)
-    facts = describe(policy, config, reason, fingerprint)
-    attention = f"{facts.attention} ({no_flex})" if no_flex else facts.attention
-    return policy, replace(facts, attention=attention, kernels=kernels)
+    return reason
 
 
 def describe(policy: Policy, config: ModelConfig, layout_reason: str, fingerprint: str) -> ModelFacts:

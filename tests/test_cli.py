@@ -106,6 +106,10 @@ FLAGS = {
     "cache list": "--json --debug",
     "cache clear": "--quiet --json --debug",
     "data": "--model --max-length --row --plot --balance --set --quiet --json --debug",
+    "eval": (
+        "--adapter --quantization --data --limit --generate --max-new-tokens --temperature --seed --judge --suite "
+        "--output --set --quiet --json --debug"
+    ),
     "merge": "--base --output --dtype --trust-remote-code --quiet --json --debug",
     "push-to-hub": "--repo --merged --public --dry-run --quiet --json --debug",
 }

@@ -1,0 +1,79 @@
+"""The command that measures what came of a run: `sampo eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from sampo_cli import console
+from sampo_cli.errors import UsageError
+from sampo_cli.options import DATA, MODEL, RUN, Debug, Json, Quiet, Set, option
+
+ANSWERS, BENCHMARKS = "Answers", "Benchmarks"
+
+
+def evaluate(
+    subject: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.")],
+    adapter: Annotated[Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL)] = None,
+    quantization: Annotated[
+        Optional[str], option("--quantization", "Of the base, if not as trained.", MODEL, "nf4|int8|none")
+    ] = None,
+    data: Annotated[
+        Optional[list[str]], option("--data", "Pairs, instead of the run's held-out ones; repeatable.", DATA)
+    ] = None,
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", min=1, help="Most pairs, examples of a task.", rich_help_panel=DATA)
+    ] = None,
+    generate: Annotated[
+        int, typer.Option("--generate", min=0, help="Prompts of the pairs to answer.", rich_help_panel=ANSWERS)
+    ] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Of an answer.", rich_help_panel=ANSWERS)
+    ] = 1024,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 is greedy.", rich_help_panel=ANSWERS)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of sampled answers.", rich_help_panel=ANSWERS)] = 0,
+    judge: Annotated[
+        Optional[str], option("--judge", "An annotator of alpaca_eval: win rates against the base.", ANSWERS, "CONFIG")
+    ] = None,
+    suite: Annotated[
+        Optional[str],
+        option("--suite", "sampo-paper, open-llm-leaderboard or tasks of lm-eval.", BENCHMARKS, "NAME|TASK,TASK"),
+    ] = None,
+    output: Annotated[Optional[str], option("--output", "Of the results; default: RUN/eval.", RUN, "DIR")] = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a run or a model: pairs against the base, length bias, answers, benchmarks."""
+    if suite == "":
+        raise UsageError("--suite: no name", hint="sampo-paper, open-llm-leaderboard or tasks of lm-eval")
+    from sampo_cli.eval_generate import Decoding
+    from sampo_cli.evaluate import Wanted
+    from sampo_cli.evaluate import evaluate as measure
+    from sampo_cli.judge import check_judge
+    from sampo_cli.subject import find_subject
+    from sampo_cli.suites import find_suite
+
+    found = find_subject(subject, adapter=adapter, data=data or (), quantization=quantization, settings=settings or ())
+    if judge:
+        check_judge(judge)
+    wanted = Wanted(
+        pairs=bool(data or generate) or not suite,
+        generate=generate,
+        decoding=Decoding(max_new_tokens, temperature, seed),
+        judge=judge,
+        suite=find_suite(suite) if suite else None,
+        limit=limit,
+    )
+    with console.run_view(quiet=quiet) as view:
+        done = measure(found, wanted, output, view.note)
+    if as_json:
+        console.print_json(done.to_dict())
+    elif not quiet:
+        from sampo_cli.tables_eval import print_evaluation
+
+        print_evaluation(done)
