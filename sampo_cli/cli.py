@@ -41,6 +41,7 @@ app = typer.Typer(
 app.command("train")(commands_train.train)
 app.command("data")(commands_data.show_data)
 app.command("eval")(commands_eval.evaluate)
+app.command("chat")(commands_chat.chat)
 app.command("merge")(commands_share.merge)
 app.command("push-to-hub")(commands_share.push_to_hub)
 app.command("methods")(commands_data.methods)

@@ -104,7 +104,7 @@ def complete(
             indices = order[first : first + BATCH]
             rows = _generate(policy, tokenizer, [prompts[index] for index in indices], decoding)
             ends = end_tokens(policy.causal_lm, tokenizer)
-            found.update((i, _completion(row, ends, tokenizer)) for i, row in zip(indices, rows, strict=True))
+            found.update((i, completion_of(row, ends, tokenizer)) for i, row in zip(indices, rows, strict=True))
             note(f"answers: {min(first + BATCH, len(order))} of {len(order)}")
     return [found[index] for index in range(len(prompts))]
 
@@ -118,19 +118,14 @@ def _generate(policy: Policy, tokenizer: Any, prompts: Sequence[TokenIds], decod
     ids = np.stack([np.pad(row, (width - len(row), 0), constant_values=padding) for row in prompts]).astype(np.int64)
     mask = np.stack([np.arange(width) >= width - len(row) for row in prompts]).astype(np.int64)
     room = (context_length(causal_lm.config) or width + decoding.max_new_tokens) - width
-    choice: dict[str, Any] = {"do_sample": False}
-    if decoding.temperature:
-        choice = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     try:
         with torch.autocast(causal_lm.device.type, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
             rows = causal_lm.generate(
                 input_ids=torch.from_numpy(ids).to(causal_lm.device),
                 attention_mask=torch.from_numpy(mask).to(causal_lm.device),
-                max_new_tokens=max(1, min(decoding.max_new_tokens, room)),
-                repetition_penalty=1.0,
                 eos_token_id=ends or None,
                 pad_token_id=padding,
-                **choice,
+                **choice_of(decoding, room),
             )
         return rows[:, width:].tolist()
     except (RuntimeError, MemoryError) as error:
@@ -140,7 +135,16 @@ def _generate(policy: Policy, tokenizer: Any, prompts: Sequence[TokenIds], decod
     return [row for part in (prompts[:half], prompts[half:]) for row in _generate(policy, tokenizer, part, decoding)]
 
 
-def _completion(row: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Completion:
+def choice_of(decoding: Decoding, room: int) -> dict[str, Any]:
+    """What `generate` is to be told, whatever a model's own generation config says. `room`: most new tokens."""
+    choice: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature:
+        choice = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    return {**choice, "max_new_tokens": max(1, min(decoding.max_new_tokens, room)), "repetition_penalty": 1.0}
+
+
+def completion_of(row: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Completion:
+    """The answer in a row of new tokens, with what comes after its end cut off."""
     stop = next((place for place, token in enumerate(row) if token in ends), None)
     kept = row if stop is None else row[: stop + 1]
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()

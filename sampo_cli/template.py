@@ -135,6 +135,17 @@ class PairEncoder:
             for pair in rendered
         ]
 
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant speaks.
+
+        Raises:
+            Unusable: the template refuses it, or special tokens in it cannot be read as text.
+        """
+        conversation, literals = self._special.hide(Conversation(list(messages), "", ""))
+        turns = _folded(conversation.prompt) if self._folds_system else conversation.prompt
+        text = self._render(turns, add_generation_prompt=True)
+        return self._special.tokenize_hidden([text], literals)[0] if literals else tokenize(self.tokenizer, [text])[0]
+
     def ends_in_special(self, response: Sequence[int]) -> bool:
         return response[-1] in self._special.ids
 

@@ -102,6 +102,10 @@ FLAGS = {
     ),
     "methods": "--json --debug",
     "runs": "--json --debug",
+    "chat": (
+        "--adapter --quantization --prompt --side --system --max-new-tokens --temperature --seed "
+        "--set --quiet --json --debug"
+    ),
     "report": "--output --quiet --json --debug",
     "cache list": "--json --debug",
     "cache clear": "--quiet --json --debug",
