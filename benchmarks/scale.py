@@ -131,7 +131,7 @@ def table_of(kind: str, rows: Rows) -> Table:
 
 
 def plot(report: Mapping[str, Any], file: Path) -> None:
-    """One column of panels for each kind: seconds above (both axes logarithmic), MiB below (from 0).
+    """One column of panels for each kind: time above, MiB below, both from 0; a flat line of time is linear growth.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -144,20 +144,21 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     kinds = [kind for kind in COLUMNS if report[kind]]
-    drawn = {"pairs": ("start", "run_mib"), "lengths": ("seconds", "mib"), "steps": ("seconds", "mib")}
+    by_position = ("microseconds_per_position", "mib")
+    drawn = {"pairs": ("start", "run_mib"), "lengths": by_position, "steps": by_position}
     figure, panels = pyplot.subplots(2, len(kinds), figsize=(4 * len(kinds), 6), sharex="col", squeeze=False)
-    for kind, (seconds, memory) in zip(kinds, panels.T, strict=True):
+    for kind, column in zip(kinds, panels.T, strict=True):
         columns, rows = COLUMNS[kind], report[kind]
         across = next(iter(columns))
-        for panel, key, draw in zip((seconds, memory), drawn[kind], (seconds.loglog, memory.semilogx), strict=True):
-            draw([row[across] for row in rows], [row[key] for row in rows], "o-")
-            panel.set_ylabel(columns[key][0])
-            panel.grid(alpha=0.3)
         values = [row[across] for row in rows]
-        memory.set_xticks(values, [f"{value:,}" for value in values], rotation=45)
-        memory.set_xticks([], minor=True)
-        memory.set_ylim(bottom=0)
-        memory.set_xlabel(columns[across][0])
+        for panel, key in zip(column, drawn[kind], strict=True):
+            panel.semilogx(values, [row[key] for row in rows], "o-")
+            panel.set_ylabel(columns[key][0])
+            panel.set_ylim(0, 1.08 * max(row[key] for row in rows))
+            panel.grid(alpha=0.3)
+        panel.set_xticks(values, [f"{value:,}" for value in values], rotation=45)
+        panel.set_xticks([], minor=True)
+        panel.set_xlabel(columns[across][0])
     figure.tight_layout()
     figure.savefig(file, dpi=150)
 
