@@ -19,6 +19,7 @@ import typer
 
 from sampo_cli import (
     __version__,
+    commands_chat,
     commands_data,
     commands_eval,
     commands_report,
