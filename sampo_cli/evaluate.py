@@ -105,7 +105,7 @@ def evaluate(subject: Subject, wanted: Wanted, output: str | None, note: Note) -
     indices: list[int] = []
     if wanted.pairs or wanted.generate:
         dataset, indices = _chosen_pairs(subject, tokenizer)
-        done.data = f"{len(indices):,} {'held-out pairs of the run' if subject.own_data else 'pairs of --data'}"
+        done.data = _described(len(indices), wanted.limit, "held-out pairs of the run" if subject.own_data else "pairs")
         note(f"data: {done.data}")
     policy = load_subject(subject)
     note(f"model: {subject.name}, {subject.recipe.model.quantization}, {policy.dtype}, on {policy.causal_lm.device}")
@@ -170,6 +170,10 @@ def _chosen_pairs(subject: Subject, tokenizer: Any) -> tuple[PairDataset, list[i
     if not len(held_out):
         raise DataError(f"{subject.name}: one pair is too few to hold any out", hint="give other pairs with --data")
     return dataset, held_out.tolist()
+
+
+def _described(pairs: int, limit: int | None, kind: str) -> str:
+    return f"{pairs:,} {kind}" if limit is None or limit >= pairs else f"the first {limit:,} of {pairs:,} {kind}"
 
 
 def _facts(subject: Subject) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _adapter_of(name: str, base_fingerprint: str) -> Path:
     if record.get("base_fingerprint", base_fingerprint) != base_fingerprint:
         raise ModelError(
             f"adapter '{name}' was trained on '{record.get('base_model')}', and the base given has other weights",
-            hint="give --model the model that it was trained on",
+            hint="give the model that it was trained on",
         )
     return folder
 

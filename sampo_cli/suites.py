@@ -36,6 +36,7 @@ class Claim:
         metric: lm-eval's "metric,filter"; None for all that the task has.
         remark: what differs between what is claimed and what lm-eval does.
         published: numbers to compare with, in percent, by model.
+        needs: packages that the task imports beside lm-eval's own.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Claim:
     metric: str | None = None
     remark: str = ""
     published: Mapping[str, float] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ SUITES = {
                 3,
                 "inst_level_strict_acc,none",
                 published=_of_the_paper(49.40, 51.80, 52.52, 60.55),
+                needs=("langdetect", "immutabledict", "nltk"),
             ),
             Claim("PiQA", "piqa", 3, "acc,none", published=_of_the_paper(80.69, 81.94, 81.66, 81.18)),
             Claim(
@@ -143,11 +146,14 @@ def find_suite(text: str) -> Suite:
     """The suite of that name, or one made of a comma-separated list of lm-eval's tasks and of YAML files.
 
     Raises:
-        UsageError: lm-eval is not installed, or does not know a task.
+        UsageError: lm-eval or what a task imports is not installed, or lm-eval does not know a task.
     """
     if find_spec("lm_eval") is None:
         raise UsageError(f"--suite {text}: lm-eval is not installed", hint=INSTALL)
     if text in SUITES:
+        missing = [name for claim in SUITES[text].claims for name in claim.needs if find_spec(name) is None]
+        if missing:
+            raise UsageError(f"--suite {text}: {', '.join(missing)} not installed", hint=INSTALL)
         return SUITES[text]
     tasks = [task.strip() for task in text.split(",")]
     known = _task_manager().all_tasks

@@ -22,7 +22,8 @@ STYLE: dict[str, Any] = {"box": None, "header_style": "bold", "title_justify": "
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 400
 
-REWARD_TITLES = {"sample": "sampled (SamPO)", "sum": "sum (DPO)", "mean": "mean per token"}
+TITLES = {"sample": "sampled (SamPO)", "sum": "sum (DPO)", "mean": "mean per token"}
+BASE_TITLES = {"sum": "sum", "mean": "mean per token"}
 
 
 def print_evaluation(done: Evaluation) -> None:
@@ -57,11 +58,12 @@ def rewards_table(report: PairReport, title: str) -> Table:
     factor = "log-probs, chosen minus rejected" if report.beta is None else f"beta {report.beta:g}"
     table = Table(title=f"{title}; {factor}", **STYLE)
     table.add_column("")
+    titles = TITLES if report.beta is not None else BASE_TITLES
     for name in report.rewards:
-        table.add_column(REWARD_TITLES.get(name, f"{report.method}'s own"))
+        table.add_column(titles.get(name, f"{report.method}'s own"))
     rewards = report.rewards.values()
     table.add_row("accuracy", *(number(reward.accuracy, ".2f") for reward in rewards))
-    table.add_row("margin", *(number(reward.margin, "+.3g") for reward in rewards))
+    table.add_row("margin", *(number(reward.margin, "+.2g") for reward in rewards))
     table.add_row("Spearman with gap", *(number(reward.spearman, "+.2f") for reward in rewards), end_section=True)
     table.add_row("[dim]chosen is[/]", *("[dim]accuracy[/]" for _ in rewards))
     for place, name in enumerate(BUCKETS):
@@ -75,8 +77,9 @@ def likelihood_table(report: PairReport) -> Table:
     """Log-probs of both sides, the run's loss and the KL."""
     table = Table("nats", "model", "base", "difference", **STYLE)
     for side, logps in report.logps.items():
-        others = [number(found, ".1f") if found else "" for found in (logps.base, logps.difference)]
-        table.add_row(f"log-prob, {side}", number(logps.model, ".1f"), *others)
+        base = number(logps.base, ".0f") if logps.base else ""
+        difference = number(logps.difference, "+.2f") if logps.difference else ""
+        table.add_row(f"log-prob, {side}", number(logps.model, ".0f"), base, difference)
     if report.loss:
         table.add_row(f"loss ({report.method})", number(report.loss, ".4f"), "", "")
     if report.kl:

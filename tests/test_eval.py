@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sampo_cli.batch import Draw, Pair
 from sampo_cli.cli import main
@@ -299,7 +299,7 @@ def test_prompts_as_text(tmp_path: Path) -> None:
     }
 
 
-def test_answers_of_a_run_and_their_files(trained: Path, sampo: Sampo) -> None:
+def test_answers_of_a_run_and_their_files(trained: Path, tiny_llama: Path, sampo: Sampo) -> None:
     arguments = ("eval", trained, "--generate", 4, "--max-new-tokens", 8, "--output", trained.parent / "answers")
     code, out, err = sampo(*arguments)
     assert code == 0, err
@@ -314,7 +314,12 @@ def test_answers_of_a_run_and_their_files(trained: Path, sampo: Sampo) -> None:
         lengths = [example[model]["tokens"] for example in report["examples"]]
         assert report["models"][model]["mean_tokens"]["value"] == np.mean(lengths)
     prompts = [json.loads(line)["prompt"] for line in (trained.parent / "pairs.jsonl").read_text().splitlines()]
-    assert all(example["instruction"] in prompts for example in report["examples"])
+    instructions = [example["instruction"] for example in report["examples"]]
+    assert set(instructions) <= set(prompts)
+    plain = Policy(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+    expected = answer(plain, AutoTokenizer.from_pretrained(tiny_llama), instructions, max_new_tokens=8)
+    assert [example["base"]["text"] for example in report["examples"]] == [one.text for one in expected]
+    assert [example["adapter"]["text"] for example in report["examples"]] != [one.text for one in expected]
 
 
 def test_the_files_are_read_by_alpaca_evals_own_loader(tmp_path: Path) -> None:

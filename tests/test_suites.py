@@ -52,6 +52,13 @@ def test_names_that_are_none() -> None:
     assert find_suite("piqa, hellaswag").claims == (Claim("piqa", "piqa"), Claim("hellaswag", "hellaswag"))
 
 
+@pytest.mark.skipif(find_spec("lm_eval") is None or find_spec("langdetect") is not None, reason="all is installed")
+def test_what_a_task_imports_is_asked_for_before_hours_of_another() -> None:
+    with pytest.raises(UsageError, match="--suite sampo-paper: langdetect") as caught:
+        find_suite("sampo-paper")
+    assert caught.value.hint == "pip install 'sampo-cli[eval]'"
+
+
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_lm_eval_has_to_be_installed() -> None:
     with pytest.raises(UsageError, match="lm-eval is not installed") as caught:
