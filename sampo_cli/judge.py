@@ -6,7 +6,9 @@ alpaca_eval is imported only where a judge is asked for. It reads API keys from 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,18 +65,19 @@ def ask_judge(config: str, answers: Path, reference: Path, folder: Path) -> dict
     folder.mkdir(parents=True, exist_ok=True)
     name = str(Path(config).resolve()) if Path(config).is_dir() else config
     try:
-        leaderboard, annotations = alpaca_eval.evaluate(
-            model_outputs=answers,
-            reference_outputs=reference,
-            annotators_config=name,
-            output_path=folder,
-            precomputed_leaderboard=None,
-            is_cache_leaderboard=False,
-            is_return_instead_of_print=True,
-            fn_metric="get_winrate",
-            sort_by="win_rate",
-            caching_path=folder / "annotations-cache.json",
-        )
+        with redirect_stdout(sys.stderr):
+            leaderboard, annotations = alpaca_eval.evaluate(
+                model_outputs=answers,
+                reference_outputs=reference,
+                annotators_config=name,
+                output_path=folder,
+                precomputed_leaderboard=None,
+                is_cache_leaderboard=False,
+                is_return_instead_of_print=True,
+                fn_metric="get_winrate",
+                sort_by="win_rate",
+                caching_path=folder / "annotations-cache.json",
+            )
     except Exception as error:  # whatever a judge's client raises
         raise SampoError(
             f"the judge '{config}' could not be asked: {first_line(error)}",

@@ -7,7 +7,9 @@ suite is asked for. Its tasks fetch their own data from the Hub.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -198,7 +200,7 @@ def run_claim(policy: Policy, tokenizer: Any, claim: Claim, limit: int | None = 
         mixed_precision_dtype=None if policy.dtype == torch.float32 else policy.dtype,
     )
     try:
-        with hub_errors(f"benchmark '{claim.task}'"):
+        with hub_errors(f"benchmark '{claim.task}'"), redirect_stdout(sys.stderr):  # some tasks print
             found: Any = simple_evaluate(
                 model,
                 tasks=[claim.task],

@@ -132,6 +132,8 @@ def test_a_local_task_on_the_base_with_its_adapter(
 ) -> None:
     """lm-eval scores the model in memory: the adapter counts, and the base alone gives another number."""
     adapter, task = save_adapter(tmp_path / "adapter", tiny_llama), tasks("colours")
+    (tmp_path / "noisy.py").write_text("def keep(rows):\n    print('a task that prints')\n    return rows\n")
+    task.write_text(task.read_text() + "process_docs: !function noisy.keep\n")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     expected = {"alone": right_answers(base, tokenizer, tmp_path / "rows.jsonl")}
@@ -142,7 +144,9 @@ def test_a_local_task_on_the_base_with_its_adapter(
     for name, more in (("alone", []), ("with", ["--adapter", adapter])):
         capfd.readouterr()
         assert run("eval", tiny_llama, *more, *flags, tmp_path / name) == 0
-        found = json.loads(capfd.readouterr().out)
+        shown = capfd.readouterr()
+        assert "a task that prints" in shown.err
+        found = json.loads(shown.out)
         assert found["pairs"] is None
         assert [result["metric"] for result in found["results"]] == ["acc,none"]
         assert found["results"][0]["value"] == pytest.approx(np.mean(expected[name]))
