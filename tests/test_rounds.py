@@ -96,11 +96,11 @@ def test_what_earlier_rewards_decide_survives_a_resume_and_ignores_evaluations(
         make_recipe(tiny_llama, method, train=train | {"eval_every": 6}), tmp_path / "one", held_out=4
     )
     unseen.fit(StopRequest())
-    assert unseen.memory.options() == whole.objective.memory.options()
+    assert unseen.objective.memory.options() == whole.objective.memory.options()
     again = make_trainer(recipe, tmp_path / "whole", held_out=4)
     again.restore(checkpoint.step_folder(tmp_path / "whole", 3))
     again.fit(StopRequest())
-    assert again.memory.options() == whole.objective.memory.options()
+    assert again.objective.memory.options() == whole.objective.memory.options()
     assert all(torch.equal(adapter(again)[name], tensor) for name, tensor in adapter(whole).items())
 
 
