@@ -7,20 +7,22 @@ terminal, so that few terminals that are made narrower break them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
-MOST_COLUMNS = 78
+MOST_COLUMNS = 80
 CURVE_COLUMNS = 28
-LEAST_FOR_REMARKS = 56
+LEAST_FOR_REMARKS = 64
 """Columns below which curves stand alone."""
+
+BESIDE, BESIDE_WITH_REMARKS = 23, 53
+"""Columns that are not the curve's."""
 
 LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 
@@ -93,25 +95,34 @@ class LiveView:
         numbers = [value["spearman"] if isinstance(value, Mapping) else value for value in values]
         return [number for number in numbers if number is not None]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        width = min(MOST_COLUMNS, options.max_width - 1)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(1, min(MOST_COLUMNS, options.max_width - 1))
         remarks = width >= LEAST_FOR_REMARKS
-        columns = max(4, min(CURVE_COLUMNS, width - (50 if remarks else 22)))
+        columns = max(4, min(CURVE_COLUMNS, width - (BESIDE_WITH_REMARKS if remarks else BESIDE)))
         levels = ASCII_LEVELS if options.ascii_only else LEVELS
-        share = self.done / self.steps if self.steps else 0.0
+        for table in (self._head(width, columns), self._body(columns, levels, remarks=remarks)):
+            yield from console.render(table, options.update(width=width))
+
+    def _head(self, width: int, columns: int) -> Table:
+        place, share = f"step {self.done}/{self.steps}", self.done / self.steps if self.steps else 0.0
+        rest = f"{share:.0%}", f"ETA {self.eta()}"
+        room = width - len(place) - sum(map(len, rest)) - 3
+        bar = ProgressBar(total=max(self.steps, 1), completed=self.done, width=max(1, min(columns, room)))
         head = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(self.steps, 1), completed=self.done, width=columns)
-        place = f"step {self.done}/{self.steps}"
-        head.add_row(Text(place, "bold"), bar, f"{share:.0%}", Text(f"ETA {self.eta()}", "cyan", no_wrap=True))
-        yield head
+        for style in ("bold", "", "", "cyan"):
+            head.add_column(style=style, no_wrap=True)
+        head.add_row(place, bar, *rest)
+        return head
+
+    def _body(self, columns: int, levels: str, *, remarks: bool) -> Table:
         body = Table.grid(padding=(0, 1))
         body.add_column(style="dim", no_wrap=True, width=11)
         body.add_column(justify="right", no_wrap=True, width=9)
         body.add_column(style="green", no_wrap=True, width=columns)
-        body.add_column(style="dim", no_wrap=True, max_width=28, overflow="ellipsis")
+        body.add_column(style="dim", no_wrap=True)
         for line in self.lines():
             body.add_row(line.name, line.value, curve(line.history, columns, levels), line.remark if remarks else "")
-        yield body
+        return body
 
 
 def curve(values: Sequence[float], columns: int, levels: str = LEVELS) -> str:

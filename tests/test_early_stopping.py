@@ -190,10 +190,9 @@ def test_a_run_that_reached_its_end_did_not_stop_early(tiny_llama: Path, tmp_pat
 
 def test_answers_that_drift_in_length_end_a_run(tiny_llama: Path, tmp_path: Path) -> None:
     """Chosen responses are made of token 50, which ends an answer here; the base fills the cap of 8 tokens."""
-    train = {"max_steps": 12, "eval_every": 1, "generate": {"prompts": 3, "max_new_tokens": 8}}
-    trainer = answering(
-        make_recipe(tiny_llama, train=train | {"early_stopping": {"max_length_drift": 0.5}}), tmp_path / "run"
-    )
+    train: dict[str, Any] = {"max_steps": 12, "eval_every": 1, "generate": {"prompts": 3, "max_new_tokens": 8}}
+    train |= {"early_stopping": {"max_length_drift": 0.5}, "learning_rate": 3e-2}
+    trainer = answering(make_recipe(tiny_llama, method={"sft_weight": 2.0}, train=train), tmp_path / "run")
     trainer.answers.decoding = replace(trainer.answers.decoding, ends=(50,))
     trainer.fit(StopRequest())
     ratios = [row["length_ratio"] for row in rows(trainer, "generate")]
