@@ -24,7 +24,8 @@ from sampo_cli.journal import TEXTS_FILE
 from sampo_cli.policy import REFERENCE_ADAPTER, Policy, base
 from sampo_cli.template import PairEncoder
 
-Progress = Callable[[str], object]
+Granted = Callable[[], object]
+"""Called again and again; what it raises ends the work."""
 
 
 @dataclass(frozen=True)
@@ -144,31 +145,32 @@ class Answers:
         self.decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.seed, ends)
         self._base: list[Completion] | None = None
 
-    def row(self, policy: Policy, step: int, progress: Progress) -> dict[str, Any]:
+    def row(self, policy: Policy, step: int, granted: Granted) -> dict[str, Any]:
         """Have the policy answer, write the texts down, and return the metrics row. The base answers the first time.
 
         Args:
-            progress: told how far it is; what it raises ends this, and nothing is written.
+            granted: called after each token; if it raises, nothing is written.
 
         Raises:
             SampoError: the disk is full.
         """
         if self._base is None:
-            self._base = self._kept() or self._complete_as_base(policy, progress)
+            self._base = self._kept() or self._complete_as_base(policy, granted)
         untouched = step == 0 and REFERENCE_ADAPTER not in policy.model.peft_config  # a new adapter adds nothing
-        own = self._base if untouched else self._complete(policy, progress)
+        own = self._base if untouched else self._complete(policy, granted)
         for number, (prompt, ours, theirs) in enumerate(zip(self.prompts, own, self._base, strict=True)):
             texts = {"prompt": prompt.text, "answer": ours.text, "base": theirs.text}
             line = {"step": step, "number": number, **texts, **_facts(ours), **_facts(theirs, "base_")}
             metrics.append(self.path, line)
         return {"kind": "generate", "step": step, **numbers(own, self._base)}
 
-    def _complete(self, policy: Policy, progress: Progress) -> list[Completion]:
-        return complete(policy, self.tokenizer, [prompt.ids for prompt in self.prompts], self.decoding, progress)
+    def _complete(self, policy: Policy, granted: Granted) -> list[Completion]:
+        prompts = [prompt.ids for prompt in self.prompts]
+        return complete(policy, self.tokenizer, prompts, self.decoding, each_token=granted)
 
-    def _complete_as_base(self, policy: Policy, progress: Progress) -> list[Completion]:
+    def _complete_as_base(self, policy: Policy, granted: Granted) -> list[Completion]:
         with base(policy):
-            return self._complete(policy, progress)
+            return self._complete(policy, granted)
 
     def _kept(self) -> list[Completion] | None:
         """The base's answers as they were written down before a resume."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import StoppingCriteriaList
 
 from sampo_cli.batch import TokenIds
 from sampo_cli.errors import is_out_of_memory
@@ -76,6 +77,7 @@ def complete(
     prompts: Sequence[TokenIds],
     decoding: Decoding,
     note: Callable[[str], object] = lambda text: None,
+    each_token: Callable[[], object] = lambda: None,
 ) -> list[Completion]:
     """The policy's answers to rendered prompts, in their order; batches hold prompts of like length.
 
@@ -83,7 +85,8 @@ def complete(
     changed by it. The policy comes back in the mode (training or not) that it was in.
 
     Args:
-        note: told how far it is, between two batches.
+        note: told how far it is, after each batch.
+        each_token: called after each token of a batch; what it raises ends this.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     ends = end_tokens(policy.causal_lm, tokenizer, decoding.ends)
@@ -91,7 +94,7 @@ def complete(
     with _evaluating(policy), _own_draws(policy.causal_lm.device, decoding.seed):
         for first in range(0, len(order), BATCH):
             indices = order[first : first + BATCH]
-            rows = _generate(policy, tokenizer, [prompts[index] for index in indices], decoding)
+            rows = _generate(policy, tokenizer, [prompts[index] for index in indices], decoding, each_token)
             found.update((i, _completion(row, ends, tokenizer)) for i, row in zip(indices, rows, strict=True))
             note(f"answers: {min(first + BATCH, len(order))} of {len(order)}")
     return [found[index] for index in range(len(prompts))]
@@ -116,13 +119,24 @@ def _own_draws(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _generate(policy: Policy, tokenizer: Any, prompts: Sequence[TokenIds], decoding: Decoding) -> list[list[int]]:
+def _generate(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[TokenIds],
+    decoding: Decoding,
+    each_token: Callable[[], object],
+) -> list[list[int]]:
     """The new tokens of a left-padded batch, padding behind the end included; in halves where it does not fit."""
     causal_lm = policy.causal_lm
     width, ends = max(map(len, prompts)), end_tokens(causal_lm, tokenizer, decoding.ends)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     ids = np.stack([np.pad(row, (width - len(row), 0), constant_values=padding) for row in prompts]).astype(np.int64)
     mask = np.stack([np.arange(width) >= width - len(row) for row in prompts]).astype(np.int64)
+
+    def go_on(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        each_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
     choice: dict[str, Any] = {"do_sample": False}
     if decoding.temperature:
         choice = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
@@ -134,6 +148,7 @@ def _generate(policy: Policy, tokenizer: Any, prompts: Sequence[TokenIds], decod
                 max_new_tokens=decoding.max_new_tokens,
                 repetition_penalty=1.0,
                 use_cache=True,
+                stopping_criteria=StoppingCriteriaList([go_on]),
                 eos_token_id=ends or None,
                 pad_token_id=padding,
                 **choice,
@@ -143,7 +158,8 @@ def _generate(policy: Policy, tokenizer: Any, prompts: Sequence[TokenIds], decod
         if not is_out_of_memory(error) or len(prompts) == 1:
             raise
     half = len(prompts) // 2
-    return [row for part in (prompts[:half], prompts[half:]) for row in _generate(policy, tokenizer, part, decoding)]
+    parts = [_generate(policy, tokenizer, part, decoding, each_token) for part in (prompts[:half], prompts[half:])]
+    return parts[0] + parts[1]
 
 
 def end_tokens(causal_lm: Any, tokenizer: Any, more: Sequence[int] = ()) -> list[int]:

@@ -303,7 +303,7 @@ class Trainer:
         """The answers that are due, and a checkpoint that knows of them; none before the first step."""
         assert self.answers is not None, "answers are due only where there are prompts"
         progress = self.progress
-        row = self.answers.row(self.raw_policy, progress.step, lambda _: self._refuse_to_go_on(stop))
+        row = self.answers.row(self.raw_policy, progress.step, lambda: self._refuse_to_go_on(stop))
         progress.generated, progress.generation_due = row, False
         if progress.best_row and progress.best_row["step"] == progress.step:
             progress.best_generated = row

@@ -216,12 +216,22 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(tiny_llama: Path, tmp_
     assert second.progress == whole.progress
 
 
-def test_a_wish_to_stop_is_granted_between_batches(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_wish_to_stop_is_granted_between_tokens(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tiny_llama, train={"generate": SETTINGS})
     trainer, stop = answering(recipe, tmp_path / "run"), StopRequest()
-    stop.signal = signal.SIGINT
+    forward, passes = trainer.raw_policy.causal_lm.forward, []
+
+    def interrupted(*inputs: Any, **options: Any) -> Any:
+        passes.append(1)
+        if len(passes) == 3:
+            stop.signal = signal.SIGINT
+        return forward(*inputs, **options)
+
+    trainer.raw_policy.causal_lm.forward = interrupted
     with pytest.raises(Interrupted, match="before the first step") as caught:
         trainer.fit(stop)
+    assert len(passes) == 3
+    assert trainer.policy.training
     assert caught.value.hint == "start it again"
     assert not (tmp_path / "run" / "generations.jsonl").exists()
 
@@ -235,7 +245,7 @@ def test_with_an_adapter_to_go_on_from_the_base_is_the_base(tiny_llama: Path, tm
     model = {"quantization": "none", "dtype": "float32", "adapter": str(tmp_path / "adapter")}
     recipe = make_recipe(tiny_llama, model=model, train={"max_steps": 1, "generate": SETTINGS})
     trainer = answering(recipe, tmp_path / "second")
-    row = trainer.answers.row(trainer.raw_policy, 0, lambda text: None)
+    row = trainer.answers.row(trainer.raw_policy, 0, lambda: None)
     with trainer.raw_policy.model.disable_adapter():
         base = complete(
             trainer.raw_policy, tiny.make_tokenizer(), [p.ids for p in trainer.answers.prompts], Decoding(8)
