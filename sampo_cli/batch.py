@@ -176,12 +176,18 @@ def _predicting_positions(pair: Pair, layout: Layout, first_row: int, width: int
 
 
 def collate(
-    pairs: Sequence[Pair], draw: Draw, layout: Layout = "shared", reference: Callable[[Pair], Logps] | None = None
+    pairs: Sequence[Pair],
+    draw: Draw,
+    layout: Layout = "shared",
+    reference: Callable[[Pair], Logps] | None = None,
+    *,
+    every_token: bool = False,
 ) -> PairBatch:
     """Lay `pairs` out as one `PairBatch`, on the CPU.
 
     Args:
         reference: gives the reference's log-probs of a pair's chosen and rejected tokens in a row, [T_w + T_l].
+        every_token: score all response tokens, also those whose weight is 0.
     """
     width = max(length for pair in pairs for length in pair.row_lengths(layout))
     grids: list[list[NDArray]] = [[], [], []]
@@ -202,7 +208,7 @@ def collate(
         }
         if reference:
             columns["reference_logps"] = reference(pair)
-        keep = (weights != 0) | (reference_weights != 0)
+        keep = (weights != 0) | (reference_weights != 0) | every_token
         keep[: len(pair.chosen)] |= draw.whole_chosen
         for name, column in columns.items():
             scored[name].append(column[keep])

@@ -102,6 +102,12 @@ def find_budget(
     return largest_that_fits(start, int(widths.max()), attempt, halve=settings.tokens_per_microbatch is None)
 
 
+def budget_note(tokens: int, *, given: bool) -> str:
+    """What to say of the budget of a run. `given`: by the recipe."""
+    found = "as given" if given else "found by trying the worst micro-batch of the run"
+    return f"budget: at most {tokens:,} positions a forward pass, {found}"
+
+
 def memory_advice(error: BaseException, run: Path, step: int, tokens: int) -> OutOfMemory:
     """What to say where memory ran out after `step` although the trial before the first step fitted."""
     clear_frames(error.__traceback__)  # what the failed pass held is free again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,18 +93,18 @@ def refuse_or_skip(progress: Progress, settings: TrainConfig, loss: bool, rows: 
     return f"warning: skipped {step}"
 
 
-def check_evaluation(row: Mapping[str, Any], settings: TrainConfig, rows: Sequence[str]) -> None:
-    """An evaluation with losses that are not finite leaves those pairs out, if that is what was asked for.
+def check_evaluation(step: int, pairs: int, settings: TrainConfig, rows: Sequence[str]) -> None:
+    """An evaluation after `step` with losses that are not finite leaves those pairs out, if that is what was asked for.
 
     Args:
-        row: of the evaluation.
-        rows: where those pairs came from.
+        pairs: of the evaluation.
+        rows: where those that are not finite came from.
 
     Raises:
         NumericsError: it was not, or there are no others.
     """
-    if settings.on_nonfinite == "stop" or len(rows) == row["pairs"]:
-        raise NumericsError(f"evaluation after step {row['step']}: {_not_finite(rows, row['pairs'])}", hint=ADVICE)
+    if settings.on_nonfinite == "stop" or len(rows) == pairs:
+        raise NumericsError(f"evaluation after step {step}: {_not_finite(rows, pairs)}", hint=ADVICE)
 
 
 def _not_finite(rows: Sequence[str], pairs: int) -> str:

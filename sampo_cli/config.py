@@ -99,6 +99,34 @@ class MethodConfig(Section):
     kl_weight: float | None = Field(None, ge=0, description="tdpo's alpha: weight of the difference of sequence KLs.")
 
 
+class GenerateConfig(Section):
+    """Answers while training."""
+
+    prompts: Annotated[int, Field(ge=0)] | str = Field(
+        0,
+        description="How many held-out prompts the adapter and the base answer, or a file: a prompt a line, or .jsonl "
+        "with `prompt`; 0 for none.",
+    )
+    every: Positive | None = Field(None, description="Steps between answers; with each evaluation if empty.")
+    max_new_tokens: Positive = Field(256, description="An answer is cut off there.")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; above, tokens are drawn.")
+    seed: int = Field(0, ge=0, description="Of the draws; training draws nothing from it.")
+
+
+class StoppingConfig(Section):
+    """When a run ends before its last step."""
+
+    metric: str | None = Field(
+        None, description="A number of the rows of kind eval or generate, such as `loss` or `length_bias.spearman`."
+    )
+    patience: Positive = Field(3, description="Rows in a row without a better one, after which the run ends.")
+    max_length_drift: float | None = Field(
+        None,
+        gt=0,
+        description="The run ends when answers are longer or shorter than the base's by more than this share.",
+    )
+
+
 class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0, description="Passes over the data; the method's default if empty.")
     max_steps: Positive | None = Field(None, description="Optimizer steps; epochs do not count then.")
@@ -130,6 +158,10 @@ class TrainConfig(Section):
     )
     save_every: Positive = Field(50, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Older checkpoints are deleted.")
+    generate: GenerateConfig = Field(default_factory=GenerateConfig, description="Answers while training.")
+    early_stopping: StoppingConfig = Field(
+        default_factory=StoppingConfig, description="When a run ends before its last step."
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="A step whose loss or gradient is not finite ends the run, or changes nothing and counts."
     )
@@ -228,17 +260,29 @@ _FLAG_OF = {"model.name": "--model", "data.sources": "--data"}
 
 def _problem(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
-    section, *_ = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        known = list(Recipe.model_fields)
-        if len(detail["loc"]) > 1:
-            annotation = Recipe.model_fields[str(section)].annotation
-            known = list(annotation.model_fields) if isinstance(annotation, type(BaseModel)) else known
-        return f"{path}: unknown key{nearest(str(detail['loc'][-1]), known)}"
+        return f"{path}: unknown key{nearest(str(detail['loc'][-1]), _keys_of(detail['loc'][:-1]))}"
     if detail["type"] == "missing":
         missing = {"model": "model.name", "data": "data.sources"}.get(path, path)
         return f"{missing}: missing; give {_FLAG_OF.get(missing, 'it')} or set it in a recipe"
     return f"{path}: {detail['msg'].lower()} (got {repr(detail['input'])[:200]})"
+
+
+def _keys_of(path: Sequence[object]) -> list[str]:
+    """The keys of a section, or of the whole recipe."""
+    model: Any = Recipe
+    for part in path:
+        model = model.model_fields[str(part)].annotation
+    return list(model.model_fields)
+
+
+def merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with the changes of another, section by section."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        before = merged.get(key)
+        merged[key] = merge(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def resolve(recipe: Recipe, defaults: Mapping[str, Mapping[str, Any]]) -> Recipe:

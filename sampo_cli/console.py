@@ -1,4 +1,4 @@
-"""All of Rich: the live view, plain lines, panels. stdout is data, stderr is talk."""
+"""What is printed while and after something runs: lines, panels, the live view. stdout is data, stderr is talk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sampo_cli.errors import Interrupted, SampoError
+from sampo_cli.live_view import LiveView
+from sampo_cli.metrics import read
 
 
 class _Talk(Console):
@@ -71,9 +73,21 @@ def train_line(row: Mapping[str, Any], steps: int) -> str:
 
 
 def eval_line(row: Mapping[str, Any]) -> str:
+    biases = [(row[key] or {}).get("spearman") for key in ("length_bias", "sum_length_bias")]
+    said = ["none" if bias is None else f"{bias:+.2f}" for bias in biases]
+    kl = "" if row["kl_per_token"] is None else f"KL {row['kl_per_token']:.4f} a token  "
     return (
         f"evaluation after step {row['step']}: loss {row['loss']:.4f}  margin {row['margin']:+.3f}  "
-        f"accuracy {row['accuracy']:.2f}  ({row['pairs']} held-out pairs)"
+        f"accuracy {row['accuracy']:.2f}  length bias {said[0]} (DPO's sum {said[1]})  {kl}"
+        f"({row['pairs']} held-out pairs)"
+    )
+
+
+def generate_line(row: Mapping[str, Any]) -> str:
+    return (
+        f"answers after step {row['step']}: {row['tokens']:.0f} tokens, the base's {row['base_tokens']:.0f} "
+        f"(ratio {row['length_ratio']:.2f})  ended {row['ended']:.0%}  repetition {row['repetition']:.0%}  "
+        f"({row['prompts']} prompts)"
     )
 
 
@@ -82,7 +96,7 @@ class RunView:
 
     Args:
         quiet: nothing on stderr but warnings; the log is written all the same.
-        live: a progress bar instead of a line per step.
+        live: `LiveView` instead of a line per step.
     """
 
     def __init__(self, *, quiet: bool = False, live: bool = False) -> None:
@@ -91,8 +105,8 @@ class RunView:
         self._log: BinaryIO | None = None
         self._logs = True
         self._unlogged: list[str] = []
-        self._progress = _progress_bar() if live and not quiet else None
-        self._task: Any = None
+        self._shown = LiveView() if live and not quiet else None
+        self._live = Live(self._shown, console=stderr, transient=True) if self._shown else None
 
     def _write(self, line: str) -> None:
         if self._log is None:
@@ -116,46 +130,35 @@ class RunView:
         for line in before:
             self._write(line)
         self.note(f"training {steps - done} steps into {folder}")
-        if self._progress:
-            self._progress.start()
-            self._task = self._progress.add_task("training", total=steps, completed=done, loss="", margin="", rest="")
+        if self._shown and self._live:
+            for row in read(folder / "metrics.jsonl"):
+                self._shown.add(row)
+            self._shown.begin(steps, done)
+            self._live.start()
 
     def train_row(self, row: Mapping[str, Any]) -> None:
         line = train_line(row, self.steps)
         self._write(line)
-        if self._progress:
-            self._progress.update(
-                self._task,
-                completed=row["step"],
-                loss=f"loss {row['loss']:.3f}",
-                margin=f"margin {row['margin']:+.2f} acc {row['accuracy']:.2f}",
-                rest=f"{row['tokens_per_second']:,.0f} tok/s {row['memory_bytes'] / 2**30:.1f} GiB",
-            )
+        if self._shown:
+            self._shown.add(row)
         elif not self.quiet:
             stderr.print(line, markup=False, soft_wrap=True)
 
     def eval_row(self, row: Mapping[str, Any]) -> None:
+        if self._shown:
+            self._shown.add(row)
         self.note(eval_line(row))
 
+    def generate_row(self, row: Mapping[str, Any]) -> None:
+        if self._shown:
+            self._shown.add(row)
+        self.note(generate_line(row))
+
     def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
+        if self._live:
+            self._live.stop()
         if self._log:
             self._log.close()
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("[cyan]{task.fields[loss]}"),
-        TextColumn("[green]{task.fields[margin]}"),
-        TextColumn("[dim]{task.fields[rest]}"),
-        console=stderr,
-        transient=True,
-    )
 
 
 @contextmanager
@@ -174,6 +177,7 @@ def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     facts = {
         "steps": f"{summary['steps']['done']} in {summary['seconds']:.0f} s",
         **{f"held-out {key}": f"{evaluation[key]:.4f}" for key in ("loss", "accuracy", "margin") if key in evaluation},
+        **({"stopped early": summary["stopped_early"]} if summary["stopped_early"] else {}),
         "adapter": f"{folder / 'adapter'} (of step {summary['adapter_step']})",
         "next": f"sampo merge {folder}",
     }

@@ -63,6 +63,11 @@ class Feed:
         for batch in ahead.result() if ahead else self._make(step):
             yield batch.to(self.device)
 
+    def whole_batches(self, indices: Sequence[int]) -> Iterator[PairBatch]:
+        """The same of epoch 0, in which every response token is scored."""
+        for batch in self._make((0, tuple(indices)), every_token=True):
+            yield batch.to(self.device)
+
     def look_ahead(self, indices: Sequence[int], epoch: int) -> None:
         """Begin with a step that `batches` will be asked for soon."""
         step = (epoch, tuple(indices))
@@ -72,12 +77,12 @@ class Feed:
         """Some pairs as one micro-batch of epoch 0, whatever its size, on the device."""
         return self._collate([self.pairs[index] for index in indices], 0).to(self.device)
 
-    def _make(self, step: Step) -> Iterator[PairBatch]:
+    def _make(self, step: Step, *, every_token: bool = False) -> Iterator[PairBatch]:
         epoch, indices = step
         pairs = [self.pairs[index] for index in indices]
         for group in micro_batches(pairs, self.tokens, self.layout, self.most_pairs):
-            yield self._collate(group, epoch)
+            yield self._collate(group, epoch, every_token=every_token)
 
-    def _collate(self, group: Sequence[Pair], epoch: int) -> PairBatch:
-        batch = collate(group, self.draw(epoch), self.layout, self.reference)
+    def _collate(self, group: Sequence[Pair], epoch: int, *, every_token: bool = False) -> PairBatch:
+        batch = collate(group, self.draw(epoch), self.layout, self.reference, every_token=every_token)
         return batch.pinned() if self.device.type == "cuda" else batch

@@ -1,14 +1,52 @@
-"""Answers of a model to a few prompts: batched, greedy, with their lengths in tokens."""
+"""Answers of a model to prompts: in batches, greedy or drawn with a seed, with what they are in numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import StoppingCriteriaList
 
+from sampo_cli.batch import TokenIds
+from sampo_cli.errors import is_out_of_memory
 from sampo_cli.policy import Policy
+
+BATCH = 16
+"""Prompts answered at a time; fewer where they do not fit."""
+
+NGRAM = 4
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are chosen. `temperature` 0 is greedy; above, from the whole vocabulary.
+
+    `ends` are tokens that end an answer beside the tokenizer's and the model's own.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+        tokens: its length, the end-of-turn token included if the model reached it (`ended`).
+        repetition: share of its 4-grams that were there before.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    repetition: float
 
 
 @dataclass(frozen=True)
@@ -21,51 +59,124 @@ class Answer:
     ended: bool
 
 
-@torch.no_grad()
 def answer(policy: Policy, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 256) -> list[Answer]:
-    """Greedy answers of the policy to single-turn prompts.
-
-    The prompts run as one left-padded batch.
-    """
+    """Greedy answers of the policy to single-turn prompts."""
     ids = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
         for prompt in prompts
     ]
-    causal_lm = policy.causal_lm
-    width = max(map(len, ids))
-    ends = end_tokens(causal_lm, tokenizer)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=causal_lm.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=causal_lm.device)
+    given = complete(policy, tokenizer, [np.array(row, np.int32) for row in ids], Decoding(max_new_tokens))
+    return [Answer(prompt, one.text, one.tokens, one.ended) for prompt, one in zip(prompts, given, strict=True)]
+
+
+def complete(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[TokenIds],
+    decoding: Decoding,
+    note: Callable[[str], object] = lambda text: None,
+    each_token: Callable[[], object] = lambda: None,
+) -> list[Completion]:
+    """The policy's answers to rendered prompts, in their order; batches hold prompts of like length.
+
+    A seed gives the same answers to the same prompts on the same machine; what the rest of the process draws is not
+    changed by it. The policy comes back in the mode (training or not) that it was in.
+
+    Args:
+        note: told how far it is, after each batch.
+        each_token: called after each token of a batch; what it raises ends this.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    ends = end_tokens(policy.causal_lm, tokenizer, decoding.ends)
+    found: dict[int, Completion] = {}
+    with _evaluating(policy), _own_draws(policy.causal_lm.device, decoding.seed):
+        for first in range(0, len(order), BATCH):
+            indices = order[first : first + BATCH]
+            rows = _generate(policy, tokenizer, [prompts[index] for index in indices], decoding, each_token)
+            found.update((i, _completion(row, ends, tokenizer)) for i, row in zip(indices, rows, strict=True))
+            note(f"answers: {min(first + BATCH, len(order))} of {len(order)}")
+    return [found[index] for index in range(len(prompts))]
+
+
+@contextmanager
+def _evaluating(policy: Policy) -> Iterator[None]:
     was_training = policy.training
     policy.eval()
-    device = causal_lm.device.type
     try:
-        with torch.autocast(device, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
-            rows = causal_lm.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=ends,
-                pad_token_id=padding,
-            )[:, width:].tolist()
+        yield
     finally:
         policy.train(was_training)
-    return [_answer(prompt, row, ends, tokenizer) for prompt, row in zip(prompts, rows, strict=True)]
 
 
-def end_tokens(causal_lm: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS and those of the generation config."""
+@contextmanager
+def _own_draws(device: torch.device, seed: int) -> Iterator[None]:
+    """Inside, torch draws from `seed`; afterwards from where it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def _generate(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[TokenIds],
+    decoding: Decoding,
+    each_token: Callable[[], object],
+) -> list[list[int]]:
+    """The new tokens of a left-padded batch, padding behind the end included; in halves where it does not fit."""
+    causal_lm = policy.causal_lm
+    width, ends = max(map(len, prompts)), end_tokens(causal_lm, tokenizer, decoding.ends)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    ids = np.stack([np.pad(row, (width - len(row), 0), constant_values=padding) for row in prompts]).astype(np.int64)
+    mask = np.stack([np.arange(width) >= width - len(row) for row in prompts]).astype(np.int64)
+
+    def go_on(input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        each_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    choice: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature:
+        choice = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    try:
+        with torch.autocast(causal_lm.device.type, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
+            rows = causal_lm.generate(
+                input_ids=torch.from_numpy(ids).to(causal_lm.device),
+                attention_mask=torch.from_numpy(mask).to(causal_lm.device),
+                max_new_tokens=decoding.max_new_tokens,
+                repetition_penalty=1.0,
+                use_cache=True,
+                stopping_criteria=StoppingCriteriaList([go_on]),
+                eos_token_id=ends or None,
+                pad_token_id=padding,
+                **choice,
+            )
+        return rows[:, width:].tolist()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(prompts) == 1:
+            raise
+    half = len(prompts) // 2
+    parts = [_generate(policy, tokenizer, part, decoding, each_token) for part in (prompts[:half], prompts[half:])]
+    return parts[0] + parts[1]
+
+
+def end_tokens(causal_lm: Any, tokenizer: Any, more: Sequence[int] = ()) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS, those of the generation config, and more."""
     configured = causal_lm.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
+    return sorted({token for token in (*listed, tokenizer.eos_token_id, *more) if token is not None})
 
 
-def _answer(prompt: str, row: list[int], ends: list[int], tokenizer: Any) -> Answer:
-    stop = next((i for i, token in enumerate(row) if token in ends), None)
+def _completion(row: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Completion:
+    stop = next((place for place, token in enumerate(row) if token in ends), None)
     kept = row if stop is None else row[: stop + 1]
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return Answer(prompt, text, len(kept), stop is not None)
+    return Completion(text, len(kept), stop is not None, repeated_share(row[:stop]))
+
+
+def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:
+    """Share of the n-grams of a text that were there before: 0 for one that says nothing twice."""
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

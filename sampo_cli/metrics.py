@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one row per optimizer step and one per evaluation, appended and read back."""
+"""`metrics.jsonl` and files like it: rows with a step, one JSON object a line, appended and read back."""
 
 from __future__ import annotations
 
@@ -45,6 +45,18 @@ def read(path: Path) -> list[Row]:
             break
         rows.append(row)
     return rows
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row by name; of an object inside it `outer.inner`, of a list of objects by their `name`."""
+    found: dict[str, float] = {}
+    for key, given in row.items():
+        value = {item["name"].replace(" ", "_"): item for item in given} if isinstance(given, list) else given
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": number for inner, number in numbers(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = value
+    return found
 
 
 def keep(path: Path, belongs: Callable[[Row], bool]) -> list[Row]:

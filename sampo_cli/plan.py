@@ -16,23 +16,27 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sampo_cli import checkpoint
+from sampo_cli import checkpoint, early_stopping
+from sampo_cli.answers import Prompt, find_prompts
 from sampo_cli.batch import Draw
 from sampo_cli.config import Recipe, resolve, validate
 from sampo_cli.data import PairDataset, prepare, split
 from sampo_cli.data_report import Token, token_view
 from sampo_cli.disk import expanded
+from sampo_cli.early_stopping import kind_of
 from sampo_cli.errors import DataError, UsageError
+from sampo_cli.journal import METRICS_FILE, TEXTS_FILE
 from sampo_cli.lock import LOCK, refuse_held
 from sampo_cli.method_checks import check, refuse
 from sampo_cli.methods import METHODS, Method, find
 from sampo_cli.model import context_length, load_config
 from sampo_cli.remote import fetch_model
 from sampo_cli.sampling import POLICY
-from sampo_cli.template import load_tokenizer, never_ends, uses_plain_template
+from sampo_cli.template import PairEncoder, load_tokenizer, never_ends, uses_plain_template
 
 BEFORE_THE_FIRST_CHECKPOINT = {
-    *(LOCK, "recipe.yaml", "summary.json", "run.log", "metrics.jsonl", checkpoint.CHECKPOINTS, "sampo", "wandb"),
+    *(LOCK, "recipe.yaml", "summary.json", "run.log", METRICS_FILE, TEXTS_FILE, checkpoint.CHECKPOINTS),
+    *("sampo", "wandb"),
 }
 """All that can be in the folder of a run that has none; `sampo` is TensorBoard's."""
 
@@ -53,6 +57,7 @@ class Plan:
     dataset: PairDataset
     train: list[int]
     evaluation: list[int]
+    prompts: list[Prompt]
 
 
 def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
@@ -71,6 +76,8 @@ def resolve_recipe(tree: Mapping[str, Any]) -> Recipe:
     refuse(method, resolved.method.model_dump())
     if resolved.iterations.count > 1 and not method.needs_reference:
         raise UsageError(f"iterations.count: {name} has no reference, so there is nothing to renew after a round")
+    train = resolved.train
+    early_stopping.check(train.early_stopping, answers=bool(train.generate.prompts), reference=method.needs_reference)
     if resolved.train.cache_reference == "on" and not method.caches_reference:
         reason = "needs the whole vocabulary of the reference" if method.needs_kl else "has no reference"
         raise UsageError(f"train.cache_reference: {name} {reason}", hint="leave it at auto")
@@ -90,7 +97,11 @@ def with_whole_paths(recipe: Recipe) -> Recipe:
     model = model.model_copy(update={"name": whole(model.name), "adapter": whole(model.adapter)})
     sources = [whole(source) for source in data.sources]
     data = data.model_copy(update={"sources": sources, "chat_template": whole(data.chat_template)})
-    return recipe.model_copy(update={"model": model, "data": data})
+    generate = recipe.train.generate
+    if isinstance(generate.prompts, str):
+        generate = generate.model_copy(update={"prompts": whole(generate.prompts)})
+    train = recipe.train.model_copy(update={"generate": generate})
+    return recipe.model_copy(update={"model": model, "data": data, "train": train})
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -120,7 +131,26 @@ def make_plan(recipe: Recipe, view: Notes) -> Plan:
             )
     train, evaluation = split(len(dataset), recipe.data.eval_fraction, recipe.train.seed)
     view.note(f"  {len(train):,} train, {len(evaluation):,} held out")
-    return Plan(recipe, METHODS[recipe.method.name], tokenizer, dataset, train.tolist(), evaluation.tolist())
+    prompts = _prompts(recipe, tokenizer, dataset, evaluation.tolist(), context_length(config), view)
+    return Plan(recipe, METHODS[recipe.method.name], tokenizer, dataset, train.tolist(), evaluation.tolist(), prompts)
+
+
+def _prompts(
+    recipe: Recipe, tokenizer: Any, dataset: PairDataset, held_out: list[int], context: int | None, view: Notes
+) -> list[Prompt]:
+    """What is answered while training.
+
+    Raises:
+        UsageError, DataError: there is nothing to answer, or nothing held out for the metric of early stopping.
+    """
+    stopping, wanted = recipe.train.early_stopping, recipe.train.generate.prompts
+    if stopping.metric and kind_of(stopping.metric) == "eval" and not held_out:
+        raise UsageError(f"train.early_stopping.metric: {stopping.metric} needs pairs held out", hint="--eval-fraction")
+    encoder = PairEncoder(tokenizer, recipe.data.template_date)
+    found = find_prompts(recipe.train.generate, dataset, held_out, encoder, context)
+    if isinstance(wanted, int) and len(found) < wanted:
+        view.note(f"  {len(found)} prompts are answered, not {wanted}: no others leave room for an answer")
+    return found
 
 
 def _tokenizing(view: Notes) -> Callable[[int, int | None], None]:

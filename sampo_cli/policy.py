@@ -176,6 +176,14 @@ def reference(policy: nn.Module) -> Iterator[None]:
             model.set_adapter(POLICY_ADAPTER)
 
 
+@contextmanager
+def base(policy: nn.Module) -> Iterator[None]:
+    """Inside, the model is the base alone: adapters off, also where the reference is an adapter."""
+    model: Any = getattr(policy, "module", policy).model
+    with model.disable_adapter():
+        yield
+
+
 def _probe_batch(policy: Policy, layout: Layout) -> PairBatch:
     """One pair of made-up tokens; the rejected response is the longer one, so that it sits after the chosen one."""
     generator = np.random.default_rng(0)

@@ -15,6 +15,7 @@ from sampo_cli.disk import write_text
 from sampo_cli.errors import SampoError
 from sampo_cli.model import ModelFacts
 from sampo_cli.plan import Plan
+from sampo_cli.state import Progress
 from sampo_cli.trainer import Trainer
 
 
@@ -47,6 +48,7 @@ class Record:
         recipe, facts, progress = self.plan.recipe, self.facts, self.trainer.progress
         keeps_best = recipe.output.keep == "best" and progress.best_row is not None
         evaluation = progress.best_row if keeps_best else progress.last_evaluation
+        adapter_step = evaluation["step"] if keeps_best and evaluation else progress.step
         folder = facts.folder
         counts = asdict(self.plan.dataset.counts)
         summary = {
@@ -64,19 +66,28 @@ class Record:
             "method": recipe.method.model_dump(),
             "pairs": {**counts, "train": len(self.plan.train), "eval": len(self.plan.evaluation)},
             "steps": {"done": progress.step, "planned": self.trainer.steps},
-            "adapter_step": evaluation["step"] if keeps_best and evaluation else progress.step,
+            "adapter_step": adapter_step,
             "evaluation": evaluation,
             "rounds": progress.rounds,
             "skipped_steps": progress.skipped,
             "resumed": self.resumed,
             "tokens_per_microbatch": progress.tokens_per_microbatch,
-            "generated": None,
+            "stopped_early": self.trainer.stopped_early(),
+            "generated": _generated(progress, adapter_step),
             "versions": versions(),
             "device": facts.device,
             "seconds": round(self.trainer.journal.seconds, 1),
         }
         write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
+
+
+def _generated(progress: Progress, step: int) -> dict[str, Any] | None:
+    """Mean lengths in tokens of the answers of the adapter of `step`, if it gave any."""
+    for row in (progress.generated, progress.best_generated):
+        if row and row["step"] == step:
+            return {"prompts": row["prompts"], "base_tokens": row["base_tokens"], "adapter_tokens": row["tokens"]}
+    return None
 
 
 @cache

@@ -16,6 +16,9 @@ from sampo_cli.config import IterationsConfig, Recipe, TrainConfig
 from sampo_cli.errors import UsageError
 from sampo_cli.sampling import ROUNDS
 
+LEAST_EVAL_EVERY = 10
+"""Where the recipe says nothing: a short run is not to be all evaluation."""
+
 
 def total_steps(settings: TrainConfig, pairs: int) -> int:
     """Optimizer steps of one round (a whole run, if there is but one) on `pairs` training pairs."""
@@ -42,6 +45,7 @@ class Schedule:
         parts: the pairs of each round, as indices.
         ends: the step at which each round is over.
         steps: of the whole run.
+        eval_every: steps between evaluations.
     """
 
     def __init__(self, train: list[int], recipe: Recipe) -> None:
@@ -49,10 +53,19 @@ class Schedule:
         self.parts = round_parts(train, recipe.iterations, recipe.train.seed)
         self.ends = list(accumulate(total_steps(recipe.train, len(part)) for part in self.parts))
         self.steps = self.ends[-1]
+        self.eval_every = recipe.train.eval_every or max(LEAST_EVAL_EVERY, math.ceil(self.steps / 5))
 
     def start(self, number: int) -> int:
         """The first step of a round."""
         return self.ends[number - 1] if number else 0
+
+    def evaluates(self, step: int) -> bool:
+        """True where an evaluation comes after `step` steps."""
+        return step in self.ends or step % self.eval_every == 0
+
+    def answers(self, step: int) -> bool:
+        """True where prompts are answered then."""
+        return step in self.ends or step % (self.settings.generate.every or self.eval_every) == 0
 
     def refuse_elsewhere(self, step: int, number: int) -> None:
         """Stop a resumed run whose rounds have become longer or shorter in the middle of a later one.

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from sampo_cli import checkpoint
 from sampo_cli.activations import offload_note
 from sampo_cli.adapter import RECORD_FILE
+from sampo_cli.answers import Answers, end_of_turn
 from sampo_cli.card import model_card
-from sampo_cli.config import LoraSection, Recipe, read_recipe, validate
+from sampo_cli.config import LoraSection, Recipe, merge, read_recipe, validate
 from sampo_cli.disk import check_room, write_text
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.feed import Split
@@ -32,6 +33,7 @@ from sampo_cli.policy import Policy
 from sampo_cli.record import Record
 from sampo_cli.signals import stop_requests
 from sampo_cli.state import adapter_bytes, bytes_to_come, refuse_other_format
+from sampo_cli.template import PairEncoder
 from sampo_cli.tracking import tracking
 from sampo_cli.trainer import Trainer
 from sampo_cli.trust import check_consent, check_links
@@ -39,7 +41,7 @@ from sampo_cli.trust import check_consent, check_links
 RESUMABLE_CHANGES = {
     *("train.epochs", "train.max_steps", "train.save_every", "train.keep_checkpoints", "train.tokens_per_microbatch"),
     *("train.pairs_per_microbatch", "train.cache_reference", "train.checkpointing", "train.offload_activations"),
-    *("train.on_nonfinite", "train.nonfinite_limit", "output.report_to"),
+    *("train.on_nonfinite", "train.nonfinite_limit", "train.early_stopping", "output.report_to"),
 }
 
 STOPPING = "finishing this step, then saving; once more to leave at once"
@@ -52,6 +54,7 @@ class RunView(Protocol):
     def begin(self, folder: Path, steps: int, done: int) -> None: ...
     def train_row(self, row: Mapping[str, Any]) -> None: ...
     def eval_row(self, row: Mapping[str, Any]) -> None: ...
+    def generate_row(self, row: Mapping[str, Any]) -> None: ...
 
 
 def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = None) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def _begin(
     recipe, dataset = the_plan.recipe, the_plan.dataset
     split = Split(dataset, the_plan.train, the_plan.evaluation, dataset.where)
     identity = identity_of(dataset, the_plan.tokenizer, facts.fingerprint, policy)
-    trainer = Trainer(policy, split, recipe, the_plan.method, run, view, identity)
+    trainer = Trainer(policy, split, recipe, the_plan.method, run, view, identity, _answers(the_plan, run))
     record = Record(run, the_plan, facts, trainer)
     if resume_from:
         record.resume(_restore(trainer, view, resume_from))
@@ -118,6 +121,14 @@ def _begin(
     )
     write_text(run / "recipe.yaml", recipe.dump())
     return trainer, record
+
+
+def _answers(the_plan: Plan, run: Path) -> Answers | None:
+    """What is answered while training, if anything is."""
+    if not the_plan.prompts:
+        return None
+    ends = end_of_turn(PairEncoder(the_plan.tokenizer, the_plan.recipe.data.template_date))
+    return Answers(the_plan.recipe.train.generate, the_plan.prompts, the_plan.tokenizer, run, ends)
 
 
 def _restore(trainer: Trainer, view: RunView, found: Path) -> dict[str, Any]:
@@ -147,6 +158,8 @@ def _train(trainer: Trainer, record: Record, view: RunView) -> dict[str, Any]:
             tracking(trainer.accelerator, recipe, run, view.note),
         ):
             trainer.fit(stop)
+            if reason := trainer.stopped_early():
+                view.note(f"stopped early, after step {trainer.progress.step}: {reason}")
             finish(trainer, record.plan, record.facts, run)
     except BaseException as error:
         record.leave("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
@@ -175,8 +188,7 @@ def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
     run, found = checkpoint.find(path)
     before = read_recipe(run / "recipe.yaml")
     check_consent(before, run / "recipe.yaml", given="trust_remote_code" in changes.get("model", {}))
-    merged = {section: {**values, **changes.get(section, {})} for section, values in before.items()}
-    recipe = resolve_recipe(merged | {key: value for key, value in changes.items() if key not in before})
+    recipe = resolve_recipe(merge(before, changes))
     old = validate(refuse_other_format(found).get("recipe", {}))
     refuse_changes(recipe_changes(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
     return recipe, found

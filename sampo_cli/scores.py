@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sampo_cli.batch import PairBatch
 from sampo_cli.losses import LossOutput, PairScores
+
+
+class TokenScores(NamedTuple):
+    """Numbers of the scored tokens, float32 [N] each: log-probs, and KL of reference to policy over the vocabulary."""
+
+    policy: Tensor
+    reference: Tensor | None = None
+    kl: Tensor | None = None
+
+
+def by_response(batch: PairBatch, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of scored tokens, [N], summed over the chosen and over the rejected responses, [B] each."""
+    per_response = torch.zeros(2 * batch.pairs, device=values.device, dtype=values.dtype)
+    per_response = per_response.index_add(0, batch.owner, values)
+    return per_response[0::2], per_response[1::2]
 
 
 def pair_scores(
@@ -27,16 +42,11 @@ def pair_scores(
         likelihood: also the chosen response's negative log-likelihood; it must be scored as a whole.
     """
 
-    def sums(values: Tensor) -> tuple[Tensor, Tensor]:
-        per_response = torch.zeros(2 * batch.pairs, device=values.device, dtype=values.dtype)
-        per_response = per_response.index_add(0, batch.owner, values)
-        return per_response[0::2], per_response[1::2]
-
     nothing: tuple[None, None] = (None, None)
-    policy = sums(policy_logps * batch.weights)
-    reference = nothing if reference_logps is None else sums(reference_logps * batch.reference_weights)
-    divergence = nothing if kl is None else sums(kl)
-    kept = sums((batch.weights != 0).long())
+    policy = by_response(batch, policy_logps * batch.weights)
+    reference = nothing if reference_logps is None else by_response(batch, reference_logps * batch.reference_weights)
+    divergence = nothing if kl is None else by_response(batch, kl)
+    kept = by_response(batch, (batch.weights != 0).long())
     return PairScores(
         policy_chosen=policy[0],
         policy_rejected=policy[1],
@@ -46,7 +56,7 @@ def pair_scores(
         rejected_tokens=batch.lengths[1::2],
         chosen_kept=kept[0],
         rejected_kept=kept[1],
-        chosen_nll=-sums(policy_logps)[0] / batch.lengths[0::2] if likelihood else None,
+        chosen_nll=-by_response(batch, policy_logps)[0] / batch.lengths[0::2] if likelihood else None,
         chosen_kl=divergence[0],
         rejected_kl=divergence[1],
     )

@@ -35,6 +35,8 @@ class StopRequest:
 
     def after(self, step: int, steps: int, run: Path) -> Interrupted:
         """The end of a run that granted the wish, to be raised once it has saved itself."""
+        if not step:
+            return Interrupted("stopped before the first step", hint="start it again", exit_code=self.exit_code)
         return Interrupted(
             f"stopped after step {step} of {steps}; everything so far is saved",
             hint=f"go on with: {resume_command(run)}",

@@ -27,6 +27,7 @@ from sampo_cli.checkpoint import (
     whole_folder,
 )
 from sampo_cli.disk import folder_bytes
+from sampo_cli.early_stopping import Waiting
 from sampo_cli.errors import UsageError, is_out_of_memory
 from sampo_cli.lora import adopt_reference, load_adapter_weights, save_adapter
 from sampo_cli.optim import set_rate
@@ -55,7 +56,9 @@ class Progress:
 
     Attributes:
         rounds: the last evaluation of each that is over.
-        evaluation_due: the step was taken, and the evaluation after it was not.
+        evaluation_due: the step was taken, and the evaluation after it was not; `generation_due`, the answers.
+        generated: the row of the newest answers; `best_generated`, of the best adapter's if it gave any.
+        stopping: what early stopping has seen.
         skipped: steps that changed nothing, as something was not finite; `skipped_in_a_row`, up to the last step.
     """
 
@@ -67,10 +70,27 @@ class Progress:
     best_row: dict[str, Any] | None = None
     last_evaluation: dict[str, Any] | None = None
     evaluation_due: bool = False
+    generation_due: bool = False
+    generated: dict[str, Any] | None = None
+    best_generated: dict[str, Any] | None = None
+    stopping: Waiting = field(default_factory=Waiting)
     zero_gradients: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     tokens_per_microbatch: int | None = None
+
+    @property
+    def due(self) -> bool:
+        """The step was taken, and not all that comes after it."""
+        return self.evaluation_due or self.generation_due
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for `from_plain`."""
+        return {**vars(self), "stopping": dict(vars(self.stopping))}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Progress:
+        return cls(**{**values, "stopping": Waiting(**values.get("stopping", {}))})
 
 
 def generator_states() -> dict[str, torch.Tensor]:
@@ -109,7 +129,7 @@ def save_checkpoint(run: Path, machinery: Machinery, progress: Progress, facts: 
     """A checkpoint of a run's folder, its best adapter inside; of the older ones, `keep` less one stay."""
     with whole_folder(step_folder(run, progress.step), checkpoint_bytes(machinery)) as aside:
         link_folder(run / BEST, aside / BEST)
-        write_state(aside, machinery, vars(progress), facts)
+        write_state(aside, machinery, progress.plain(), facts)
     prune(run, keep)
 
 
@@ -172,7 +192,7 @@ def load_state(folder: Path, identity: Mapping[str, str]) -> dict[str, Any]:
         )
     try:
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        Progress(**state["progress"])
+        Progress.from_plain(state["progress"])
     except pickle.UnpicklingError as error:
         raise _unusable(folder, "it holds more than numbers, texts and tensors, and could run code") from error
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from sampo_cli.config import Recipe
 from sampo_cli.errors import Interrupted, UsageError
+from sampo_cli.metrics import numbers
 from sampo_cli.remote import first_line
 
 
@@ -59,12 +60,10 @@ def _writers_fail_quietly() -> Iterator[None]:
 
 def track(accelerator: Accelerator, prefix: str, row: Mapping[str, Any], note: Callable[[str], object]) -> None:
     """Send a metrics row to the open trackers, if there are any. One that fails is let go, and `note` told: once."""
-    numbers = {
-        f"{prefix}/{key}": value for key, value in row.items() if key not in ("kind", "step") and value is not None
-    }
+    values = {f"{prefix}/{key}": value for key, value in numbers(row).items() if key != "step"}
     for tracker in list(accelerator.trackers):
         try:
-            tracker.log(numbers, step=row["step"])
+            tracker.log(values, step=row["step"])
         except Interrupted:
             raise
         except Exception as error:

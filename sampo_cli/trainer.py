@@ -17,22 +17,26 @@ import torch
 from accelerate import Accelerator
 
 from sampo_cli import checkpoint
-from sampo_cli.batch import Draw, PairBatch, row_positions
-from sampo_cli.budget import START_TOKENS, find_budget, memory_advice
+from sampo_cli.answers import Answers
+from sampo_cli.batch import PairBatch, row_positions
+from sampo_cli.budget import START_TOKENS, budget_note, find_budget, memory_advice
 from sampo_cli.checks import check_evaluation, check_gradient, check_reference, refuse_or_skip
 from sampo_cli.config import Recipe
+from sampo_cli.early_stopping import Waiting, take_in
+from sampo_cli.early_stopping import reason as stop_reason
 from sampo_cli.errors import is_out_of_memory
+from sampo_cli.evaluation import Evaluation
 from sampo_cli.feed import Feed, Split
 from sampo_cli.journal import Journal, View
 from sampo_cli.lora import adopt_reference
-from sampo_cli.losses import LossOutput, PairScores, add_likelihood
+from sampo_cli.losses import LossOutput, PairScores
 from sampo_cli.methods import Method
+from sampo_cli.objective import Objective
 from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
-from sampo_cli.policy import Policy, reference, score_against_reference
+from sampo_cli.policy import Policy
 from sampo_cli.reference import reference_of
 from sampo_cli.rounds import Schedule, round_folder
-from sampo_cli.running import RewardMemory
-from sampo_cli.scores import Tally, pair_scores
+from sampo_cli.scores import Tally
 from sampo_cli.signals import StopRequest
 from sampo_cli.state import (
     Machinery,
@@ -44,9 +48,6 @@ from sampo_cli.state import (
     write_best,
     write_round,
 )
-
-LEAST_EVAL_EVERY = 10
-"""Where the recipe says nothing: a short run is not to be all evaluation."""
 
 
 class Trainer:
@@ -60,6 +61,7 @@ class Trainer:
         folder: the run's.
         view: told of every row.
         identity: fingerprints of what a resumed run must find unchanged, by name.
+        answers: prompts that are answered now and then, if there are any.
 
     Attributes:
         on_save: called after each checkpoint.
@@ -74,9 +76,10 @@ class Trainer:
         folder: Path,
         view: View,
         identity: Mapping[str, str] | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self.split, self.recipe, self.method, self.folder, self.view = split, recipe, method, folder, view
-        self.identity = dict(identity or {})
+        self.identity, self.answers = dict(identity or {}), answers
         self.on_save: Callable[[], object] = lambda: None
         settings = recipe.train
         half = policy.dtype == torch.float16
@@ -92,13 +95,11 @@ class Trainer:
         self.policy = self.accelerator.prepare_model(policy, device_placement=False)
         self.schedule = Schedule(split.train, recipe)
         self.steps = self.schedule.steps
-        self.eval_every = settings.eval_every or max(LEAST_EVAL_EVERY, math.ceil(self.steps / 5))
-        self.options = {name: getattr(recipe.method, name) for name in method.option_names}
-        self.memory = RewardMemory(method.memory)
+        self.objective = Objective(self.policy, recipe, method)
         self.progress = Progress()
         device = self.accelerator.device
         tokens = settings.tokens_per_microbatch or START_TOKENS[device.type]
-        self.feed = Feed(split.pairs, policy.layout, self.draw, device, tokens, settings.pairs_per_microbatch)
+        self.feed = Feed(split.pairs, policy.layout, self.objective.draw, device, tokens, settings.pairs_per_microbatch)
         self._prepare_optimizer()
 
     def _prepare_optimizer(self) -> None:
@@ -111,30 +112,9 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.machinery = Machinery(self.raw_policy, self.optimizer, self.scheduler, self.accelerator.scaler)
 
-    def draw(self, epoch: int) -> Draw:
-        method, seed = self.recipe.method, self.recipe.train.seed
-        assert method.reduction is not None, "resolve() fills the reduction"
-        return Draw(method.reduction, seed, epoch, method.sampling, bool(method.sft_weight), method.draws)
-
-    def scores(self, batch: PairBatch) -> PairScores:
-        reference_logps, kl = batch.reference_logps, None
-        if self.method.needs_kl:
-            policy_logps, reference_logps, kl = score_against_reference(self.policy, batch)
-        else:
-            if self.method.needs_reference and reference_logps is None:
-                with reference(self.policy):
-                    reference_logps = self.policy(batch)
-            policy_logps = self.policy(batch)
-        return pair_scores(batch, policy_logps, reference_logps, kl, likelihood=bool(self.recipe.method.sft_weight))
-
-    def loss(self, scores: PairScores) -> LossOutput:
-        out = self.method.loss(scores, **self.options, **self.memory.options())
-        return add_likelihood(out, scores, self.recipe.method.sft_weight or 0.0)
-
     def _backward(self, batch: PairBatch, pairs: int) -> tuple[PairScores, LossOutput]:
         """Add a micro-batch's share of the mean loss over a step of `pairs` pairs to the gradient."""
-        scores = self.scores(batch)
-        out = self.loss(scores)
+        _, scores, out = self.objective.measure(batch)
         self.accelerator.backward(out.losses.sum() / pairs)
         return scores, out
 
@@ -147,8 +127,7 @@ class Trainer:
         tally, progress, scaler = Tally(self.policy.computed_positions), self.progress, self.accelerator.scaler
         for batch in self.feed.batches(indices, epoch):
             tally.add(batch, *self._backward(batch, len(indices)))
-        row = tally.row()
-        row["learning_rate"] = self.scheduler.get_last_lr()[0]
+        row = {**tally.row(), "learning_rate": self.scheduler.get_last_lr()[0]}
         norm = math.nan
         if not row["nonfinite"]:
             norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
@@ -156,7 +135,7 @@ class Trainer:
         if math.isfinite(norm) or (scaler is not None and not row["nonfinite"]):
             progress.zero_gradients = check_gradient(norm, row["loss"], progress.zero_gradients)
             self.optimizer.step()
-            self.memory.update(row["chosen_reward"], row["rejected_reward"], row["pairs"])
+            self.objective.memory.update(row["chosen_reward"], row["rejected_reward"], row["pairs"])
             progress.skipped_in_a_row = 0
         else:
             where = [self.split.where(pair) for pair in tally.broken() or tally.pair_ids()]
@@ -167,27 +146,29 @@ class Trainer:
         return row
 
     @torch.no_grad()
-    def evaluate(self, stop: StopRequest | None = None) -> dict[str, Any]:
-        """Metrics over the held-out pairs, whose positions are those of epoch 0 every time.
+    def evaluate(self, stop: StopRequest | None = None) -> Evaluation:
+        """The held-out pairs, whose positions are those of epoch 0 every time.
 
         Raises:
             Interrupted: `stop` was set meanwhile.
             NumericsError: a loss is not finite, and `train.on_nonfinite` is stop or all are like that.
         """
-        tally = Tally(self.policy.computed_positions)
+        assert self.recipe.method.beta is not None, "resolve() fills beta"
+        found = Evaluation(self.policy.computed_positions, self.recipe.method.beta)
         self.policy.eval()
         try:
-            for batch in self.feed.batches(self.split.evaluation, epoch=0):
-                if stop:
-                    raise stop.after(self.progress.step, self.steps, self.folder)
-                scores = self.scores(batch)
-                tally.add(batch, scores, self.loss(scores))
+            for batch in self.feed.whole_batches(self.split.evaluation):
+                self._refuse_to_go_on(stop)
+                found.add(batch, *self.objective.measure(batch))
         finally:
             self.policy.train()
-        row = {"kind": "eval", "step": self.progress.step, **tally.row()}
-        if row["nonfinite"]:
-            check_evaluation(row, self.recipe.train, [self.split.where(pair) for pair in tally.broken()])
-        return row
+        if broken := [self.split.where(pair) for pair in found.broken()]:
+            check_evaluation(self.progress.step, len(self.split.evaluation), self.recipe.train, broken)
+        return found
+
+    def _refuse_to_go_on(self, stop: StopRequest | None) -> None:
+        if stop:
+            raise stop.after(self.progress.step, self.steps, self.folder)
 
     def find_budget(self) -> None:
         """Try the micro-batches that need most memory, and halve `feed.tokens` until they fit.
@@ -204,9 +185,7 @@ class Trainer:
 
         tokens = find_budget(widths, start, settings, backward, self.parameters)
         if tokens != progress.tokens_per_microbatch:
-            given = settings.tokens_per_microbatch is not None
-            found = "as given" if given else "found by trying the worst micro-batch of the run"
-            self.view.note(f"budget: at most {tokens:,} positions a forward pass, {found}")
+            self.view.note(budget_note(tokens, given=settings.tokens_per_microbatch is not None))
         self.feed.tokens = progress.tokens_per_microbatch = tokens
 
     def prepare_reference(self, stop: object = False) -> None:
@@ -220,10 +199,9 @@ class Trainer:
         self.feed.reference = None
         if wanted and self.method.caches_reference:
             of = f"{self.recipe.model.name}{f', round {number + 1}' if number else ''}"
-            indices = sorted(self.split.train + self.split.evaluation)
-            self.feed.reference = reference_of(
-                self.policy, self.split.pairs, indices, self.identity, of, self.feed.tokens, self.view.note, stop
-            )
+            pairs, indices = self.split.pairs, sorted(self.split.train + self.split.evaluation)
+            told = self.view.note, stop
+            self.feed.reference = reference_of(self.policy, pairs, indices, self.identity, of, self.feed.tokens, *told)
 
     def begin_round(self, stop: StopRequest) -> None:
         """What a round needs: a budget that fits, the reference's log-probs where they are kept, and that it is one."""
@@ -244,21 +222,24 @@ class Trainer:
             SampoError: the disk is full; so are the earlier checkpoints.
         """
         progress, begun = self.progress, -1
+        progress.generation_due |= self.answers is not None and progress.step == 0
         try:
-            while progress.step < self.steps or progress.evaluation_due:
-                if progress.step == self.schedule.ends[progress.round] and not progress.evaluation_due:
+            while progress.due or (progress.step < self.steps and not self.stopped_early()):
+                if progress.step == self.schedule.ends[progress.round] and not progress.due:
                     self.next_round()
                 if begun != progress.round:
                     self.begin_round(stop)
                     begun = progress.round
                 if progress.evaluation_due:
                     self._evaluate_and_save(stop)
+                elif progress.generation_due:
+                    self._answer_and_save(stop)
                 else:
                     self._advance(stop)
         except (RuntimeError, MemoryError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise memory_advice(error, self.folder, progress.step, self.feed.tokens) from error
+            if is_out_of_memory(error):
+                raise memory_advice(error, self.folder, progress.step, self.feed.tokens) from error
+            raise
 
     def _advance(self, stop: StopRequest) -> None:
         """One step and its row; a checkpoint where it is time for one, and before an evaluation, which may fail."""
@@ -271,11 +252,12 @@ class Trainer:
         progress.step += 1
         self._record_step(row, time.perf_counter() - started)
         ends = progress.step in schedule.ends
-        progress.evaluation_due = bool(self.split.evaluation) and (ends or progress.step % self.eval_every == 0)
-        if progress.evaluation_due or ends or stop or progress.step % self.recipe.train.save_every == 0:
+        progress.evaluation_due = bool(self.split.evaluation) and schedule.evaluates(progress.step)
+        progress.generation_due = self.answers is not None and schedule.answers(progress.step)
+        if progress.due or ends or stop or progress.step % self.recipe.train.save_every == 0:
             self.save()
-        if stop and (progress.step < self.steps or progress.evaluation_due):
-            raise stop.after(self.progress.step, self.steps, self.folder)
+        if progress.step < self.steps or progress.due:
+            self._refuse_to_go_on(stop)
 
     def next_round(self) -> None:
         """The policy becomes the frozen reference; optimizer, schedule, best adapter and memory start again."""
@@ -283,21 +265,20 @@ class Trainer:
         write_round(kept, self.machinery)
         adopt_reference(self.raw_policy, kept)
         progress.rounds = [*progress.rounds, progress.last_evaluation]
-        progress.round, progress.best, progress.best_row = progress.round + 1, None, None
+        progress.round, progress.stopping, progress.best, progress.best_row = progress.round + 1, Waiting(), None, None
         shutil.rmtree(self.folder / checkpoint.BEST, ignore_errors=True)
-        self.memory.reset()
+        self.objective.memory.reset()
         if self.recipe.iterations.schedule == "restart":
             self._prepare_optimizer()
-        self.view.note(
-            f"round {progress.round + 1} of {len(self.schedule.parts)}: the reference is now the policy of {kept.name}"
-        )
+        which = f"round {progress.round + 1} of {len(self.schedule.parts)}"
+        self.view.note(f"{which}: the reference is now the policy of {kept.name}")
 
     def _record_step(self, row: dict[str, Any], seconds: float) -> None:
-        per_epoch = self.schedule.steps_per_epoch(self.progress.round)
+        step, per_epoch = self.progress.step, self.schedule.steps_per_epoch(self.progress.round)
         row = {
             "kind": "train",
-            "step": self.progress.step,
-            "epoch": round(self.progress.step / per_epoch, 4),
+            "step": step,
+            "epoch": round(step / per_epoch, 4),
             **row,
             "tokens_per_second": row["computed_tokens"] / seconds,
             "memory_bytes": memory_bytes(self.accelerator.device),
@@ -307,20 +288,42 @@ class Trainer:
 
     def _evaluate_and_save(self, stop: StopRequest) -> None:
         """The evaluation that is due, the best adapter if this is it, and a checkpoint that knows of both."""
-        row = self.evaluate(stop)
+        evaluation = self.evaluate(stop)
         metric, progress = self.recipe.output.best_metric, self.progress
+        row = {"kind": "eval", "step": progress.step, **evaluation.row()}
         better = -row[metric] if metric == "loss" else row[metric]
         if progress.best is None or better > progress.best:
             progress.best, progress.best_row = better, row
             write_best(self.folder, self.machinery)
         progress.last_evaluation, progress.evaluation_due = row, False
+        self.journal.write_pairs(progress.step, evaluation.pairs())
+        self._write_and_save(row)
+
+    def _answer_and_save(self, stop: StopRequest) -> None:
+        """The answers that are due, and a checkpoint that knows of them; none before the first step."""
+        assert self.answers is not None, "answers are due only where there are prompts"
+        progress = self.progress
+        row = self.answers.row(self.raw_policy, progress.step, lambda: self._refuse_to_go_on(stop))
+        progress.generated, progress.generation_due = row, False
+        if progress.best_row and progress.best_row["step"] == progress.step:
+            progress.best_generated = row
+        self._write_and_save(row)
+
+    def _write_and_save(self, row: dict[str, Any]) -> None:
         self.journal.write(row)
-        self.save()
+        if self.progress.step:
+            take_in(self.recipe.train.early_stopping, self.progress.stopping, row)
+            self.save()
+
+    def stopped_early(self) -> str | None:
+        """Why the run is over before its last step, if it is."""
+        before = self.progress.step < self.steps
+        return stop_reason(self.recipe.train.early_stopping, self.progress.stopping) if before else None
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         self.journal.put_on_disk()
-        self.progress.rewards = self.memory.state_dict()
+        self.progress.rewards = self.objective.memory.state_dict()
         facts = {"identity": self.identity, "recipe": self.recipe.model_dump(mode="json")}
         save_checkpoint(self.folder, self.machinery, self.progress, facts, self.recipe.train.keep_checkpoints)
         self.on_save()
@@ -334,13 +337,14 @@ class Trainer:
             UsageError: the run's data or base are not what they were, or the checkpoint cannot be read.
         """
         state = load_state(folder, self.identity)
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.from_plain(state["progress"])
         self.schedule.refuse_elsewhere(self.progress.step, self.progress.round)
         if self.progress.round:
             load_round(round_folder(self.folder, self.progress.round - 1), self.machinery)
             self._prepare_optimizer()
         if self.progress.rewards:
-            self.memory.load_state_dict(self.progress.rewards)
+            self.objective.memory.load_state_dict(self.progress.rewards)
         put_back(state, folder, self.machinery)
         checkpoint.forget_after(self.folder, folder)
-        self.journal.go_back(self.progress.step, evaluated=not self.progress.evaluation_due)
+        done = {"evaluated": not self.progress.evaluation_due, "answered": not self.progress.generation_due}
+        self.journal.go_back(self.progress.step, **done)

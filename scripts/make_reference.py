@@ -14,6 +14,7 @@ import typer.main
 
 from sampo_cli.cli import app
 from sampo_cli.config import Recipe
+from sampo_cli.early_stopping import AIMS
 from sampo_cli.errors import ExitCode, SampoError
 from sampo_cli.methods import METHODS
 from sampo_cli.options import FLAGS
@@ -28,10 +29,15 @@ HEADER = """# Reference
 [Exit codes](#exit-codes) · [Environment](#environment)
 """
 
-BOTH, TRAIN = "train, eval", "train"
+BOTH, TRAIN, EVAL, GENERATE = "train, eval", "train", "eval", "generate"
+ALL = f"{BOTH}, {GENERATE}"
 METRICS = [
-    ("kind", BOTH, "`train` for an optimizer step, `eval` for an evaluation of the held-out pairs"),
-    ("step", BOTH, "optimizer steps taken, from 1"),
+    (
+        "kind",
+        ALL,
+        "`train`: an optimizer step; `eval`: the held-out pairs; `generate`: answers to `train.generate.prompts`",
+    ),
+    ("step", ALL, "optimizer steps taken, from 1; 0 for the answers before the first"),
     ("epoch", TRAIN, "passes over the training pairs after this step"),
     ("loss", BOTH, "mean over pairs, nats"),
     ("chosen_reward", BOTH, "beta times the reduced log-ratio of the chosen response, mean over pairs"),
@@ -45,12 +51,54 @@ METRICS = [
     ("pairs", BOTH, "pairs of this step, or held-out pairs"),
     ("nonfinite", BOTH, "pairs left out as something was not finite, with `train.on_nonfinite: skip`; 0 otherwise"),
     ("computed_tokens", BOTH, "positions of one forward pass over these pairs, padding included"),
+    (
+        "kl_per_token",
+        EVAL,
+        "KL of policy to reference by the estimator k3, nats per response token; null without a reference",
+    ),
+    ("kl_per_response", EVAL, "the same per response: summed over its tokens, mean over chosen and rejected responses"),
+    ("kl_per_token_k1", EVAL, "by k1, the mean log-ratio per response token; may be negative"),
+    ("kl_per_response_k1", EVAL, "by k1, per response"),
+    ("length_bias", EVAL, "how far the margin follows length, see below"),
+    (
+        "sum_margin",
+        EVAL,
+        "mean margin of DPO's reward on the same forward: beta times the sum over all tokens of both responses",
+    ),
+    ("sum_accuracy", EVAL, "share of pairs in which that is above 0"),
+    ("sum_length_bias", EVAL, "`length_bias` of that margin"),
+    ("prompts", GENERATE, "prompts answered"),
+    ("tokens", GENERATE, "mean length of the adapter's answers, tokens, the one that ends the turn included"),
+    ("median_tokens", GENERATE, "median length"),
+    ("ended", GENERATE, "share of answers that end by themselves before `train.generate.max_new_tokens`"),
+    ("repetition", GENERATE, "share of 4-grams of an answer that were in it before, mean over answers"),
+    ("base_tokens", GENERATE, "`tokens` of the base's answers to the same prompts"),
+    ("base_median_tokens", GENERATE, "`median_tokens` of the base"),
+    ("base_ended", GENERATE, "`ended` of the base"),
+    ("base_repetition", GENERATE, "`repetition` of the base"),
+    ("length_ratio", GENERATE, "`tokens` by `base_tokens`"),
     ("learning_rate", TRAIN, "the rate of this step"),
     ("grad_norm", TRAIN, "norm of the adapter's gradient before clipping; null for a step that was skipped"),
     ("tokens_per_second", TRAIN, "`computed_tokens` by the wall-clock time of the step"),
     ("memory_bytes", TRAIN, "peak allocated bytes on a GPU; resident bytes of the process on a CPU"),
     ("seconds", TRAIN, "wall-clock time of the step"),
 ]
+
+METRICS_NOTES = """
+**Length bias** is an object: `spearman`, the rank correlation of margin and length gap (chosen minus rejected response,
+tokens), null where either is constant; and `buckets`, a list from chosen much shorter to much longer with `name`,
+`pairs` and `accuracy`. The buckets' edges are gaps of -50 %, -10 %, 10 % and 50 % of the longer response. A method
+without a reference has no log-ratios, and its `sum_` numbers are of the policy's log-probs.
+
+**KL.** With r = log pi(token) - log ref(token), k1 is r and k3 is exp(-r) - 1 + r, in the terms of Schulman's
+"Approximating KL divergence" (joschu.net/blog/kl-approx.html). Both estimate the KL where tokens are drawn from the
+policy. These are the tokens of the held-out responses, which the policy did not write: the numbers say how far the two
+models are apart on this data, not on what the policy would say. k3 is never negative, and 0 only where they agree.
+
+**Beside it** lie `held_out.jsonl`, a row for each held-out pair of the last evaluation (`pair_id`, `gap`, both lengths,
+`margin`, `sum_margin`), and `generations.jsonl`, a row for each prompt each time that prompts are answered (`prompt`,
+`answer`, `base`, their tokens, whether they ended, their repetition).
+"""
 
 ENVIRONMENT = [
     ("SAMPO_CACHE", "where tokenized pairs and references' log-probs are kept; `~/.cache/sampo` if unset"),
@@ -166,14 +214,39 @@ def shown_default(value: object) -> str:
 
 def recipe_section(name: str) -> str:
     flags = {key: f"--{flag.replace('_', '-')}" for flag, key in FLAGS.items()}
-    model = Recipe.model_fields[name].annotation
-    schema = model.model_json_schema()  # type: ignore[union-attr]
-    rows = []
-    for key, field in schema["properties"].items():
-        default = "required" if key in schema.get("required", []) else shown_default(field.get("default"))
-        flag = flags.get(f"{name}.{key}")
-        rows.append((code(key), type_of(field), default, code(flag) if flag else "", field["description"]))
+    rows = recipe_rows(Recipe.model_fields[name].annotation, flags, f"{name}.")
     return f"### {name}\n\n" + table(("key", "type", "default", "flag", "meaning"), rows)
+
+
+def recipe_rows(model: Any, flags: dict[str, str], path: str) -> list[tuple[str, ...]]:
+    """A row for each key of a section, those of a section inside it as `inner.key`."""
+    rows: list[tuple[str, ...]] = []
+    for key, field in model.model_json_schema()["properties"].items():
+        inner, whole = model.model_fields[key], f"{path}{key}"
+        if hasattr(inner.annotation, "model_fields"):
+            rows += recipe_rows(inner.annotation, flags, f"{whole}.")
+            continue
+        default = "required" if inner.is_required() else shown_default(field.get("default"))
+        flag, name = flags.get(whole), whole.partition(".")[2]
+        rows.append((code(name), type_of(field), default, code(flag) if flag else "", field["description"]))
+    return rows
+
+
+def stopping_section() -> str:
+    """The metrics of early stopping and what is better."""
+    words = {"low": "lower", "high": "higher"}
+    rows = []
+    for kind, aims in AIMS.items():
+        for name, aim in aims.items():
+            better = words[aim] if isinstance(aim, str) else f"nearer to {aim:g}"
+            rows.append((code(name), kind, better))
+    about = (
+        "A run ends when `metric` was no better for `patience` rows of its kind in a row, or when answers drift in "
+        "length.\nA row that does not know the metric, as of an empty bucket, does not count. With `--iterations` "
+        "each round counts anew,\nand a stop ends the run. `summary.json` says why under `stopped_early`. A resumed "
+        "run goes on counting, and may be given\nmore patience."
+    )
+    return f"### Metrics of train.early_stopping\n\n{about}\n\n{table(('metric', 'rows', 'better'), rows)}"
 
 
 def methods_section() -> str:
@@ -196,11 +269,11 @@ def reference() -> str:
         "A key that is empty takes the method's default\nwhere it has one."
     )
     parts += [recipe_section(name) for name in Recipe.model_fields]
-    parts.append(methods_section())
+    parts += [stopping_section(), methods_section()]
     metrics = [(code(key), kinds, meaning) for key, kinds, meaning in METRICS]
     parts.append(
-        "## metrics.jsonl\n\nOne JSON object a line, appended after each optimizer step and each evaluation.\n\n"
-        + table(("key", "rows", "meaning"), metrics)
+        "## metrics.jsonl\n\nOne JSON object a line, appended after each optimizer step, each evaluation and each time "
+        "that prompts are\nanswered.\n\n" + f"{table(('key', 'rows', 'meaning'), metrics)}\n\n{METRICS_NOTES}"
     )
     parts.append("## Exit codes\n\n" + table(("code", "name", "meaning"), exit_codes()))
     environment = [(code(name), meaning) for name, meaning in ENVIRONMENT]

@@ -142,7 +142,7 @@ def test_version_and_module_agree() -> None:
 def test_a_run_leaves_what_is_documented(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("recipe.yaml", "summary.json", "metrics.jsonl", "run.log", "README.md", "adapter", "best", "checkpoints"),
-        ".lock",
+        *("held_out.jsonl", ".lock"),
     }
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["state"] == "finished"

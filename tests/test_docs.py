@@ -248,7 +248,7 @@ def test_a_run_leaves_what_is_documented(tiny_llama: Path, pairs_file: Path, tmp
     tree = {
         "model": {"name": str(tiny_llama)},
         "data": {"sources": [str(pairs_file)]},
-        "train": {"max_steps": 1, "batch_pairs": 4},
+        "train": {"max_steps": 1, "batch_pairs": 4, "generate": {"prompts": 1, "max_new_tokens": 2}},
         "iterations": {"count": 2},
     }
     view = RunView(quiet=True)
@@ -258,9 +258,9 @@ def test_a_run_leaves_what_is_documented(tiny_llama: Path, pairs_file: Path, tmp
     assert written == listed_files(ROOT / "README.md", "outputs/")
     assert written == listed_files(ROOT / "docs" / "design.md", "outputs/")
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
-    for kind in ("train", "eval"):
+    for kind, count in (("train", 2), ("eval", 2), ("generate", 3)):
         documented = {key for key, kinds, _ in make_reference.METRICS if kind in kinds}
-        assert [set(row) for row in rows if row["kind"] == kind] == [documented, documented]
+        assert [set(row) for row in rows if row["kind"] == kind] == [documented] * count
 
 
 def test_every_promise_is_on_the_page_and_has_its_tests() -> None:

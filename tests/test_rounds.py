@@ -69,7 +69,7 @@ def test_tdpo_sees_the_kl_that_the_vocabulary_gives(tiny_llama: Path, tmp_path: 
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
     (batch,) = list(trainer.feed.batches(range(2), 0))[:1]
-    scores = trainer.scores(batch)
+    scores = trainer.objective.measure(batch).scores
     model = trainer.raw_policy.causal_lm
     with torch.no_grad():
         masks = {"attention_mask": trainer.raw_policy.masks(batch), "position_ids": batch.position_ids}
@@ -91,16 +91,16 @@ def test_what_earlier_rewards_decide_survives_a_resume_and_ignores_evaluations(
     recipe = make_recipe(tiny_llama, method, train=train)
     whole = make_trainer(recipe, tmp_path / "whole", held_out=4)
     whole.fit(StopRequest())
-    assert any(value != 0 for value in whole.memory.options().values())
+    assert any(value != 0 for value in whole.objective.memory.options().values())
     unseen = make_trainer(
         make_recipe(tiny_llama, method, train=train | {"eval_every": 6}), tmp_path / "one", held_out=4
     )
     unseen.fit(StopRequest())
-    assert unseen.memory.options() == whole.memory.options()
+    assert unseen.objective.memory.options() == whole.objective.memory.options()
     again = make_trainer(recipe, tmp_path / "whole", held_out=4)
     again.restore(checkpoint.step_folder(tmp_path / "whole", 3))
     again.fit(StopRequest())
-    assert again.memory.options() == whole.memory.options()
+    assert again.objective.memory.options() == whole.objective.memory.options()
     assert all(torch.equal(adapter(again)[name], tensor) for name, tensor in adapter(whole).items())
 
 

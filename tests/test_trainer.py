@@ -31,6 +31,7 @@ class Silent:
     def note(self, text: str) -> None: ...
     def train_row(self, row: Any) -> None: ...
     def eval_row(self, row: Any) -> None: ...
+    def generate_row(self, row: Any) -> None: ...
 
 
 def make_pairs(count: int = 12) -> list[Pair]:
@@ -238,7 +239,7 @@ def test_evaluation_repeats_exactly(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tiny_llama, lora={"dropout": 0.5})
     trainer = make_trainer(recipe, tmp_path / "run", held_out=4)
     trainer.train_step([5, 6, 7], 0)
-    assert trainer.evaluate() == trainer.evaluate()
+    assert trainer.evaluate().row() == trainer.evaluate().row()
     assert trainer.policy.training
 
 

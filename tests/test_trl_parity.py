@@ -60,7 +60,7 @@ def test_loss_and_gradient_equal_trls(
             parameter.data.normal_(0, 0.05)
     pairs = make_pairs()
     batches = trainer.feed.batches(range(len(pairs)), 0)
-    losses = torch.cat([trainer.method.loss(trainer.scores(batch), **trainer.options).losses for batch in batches])
+    losses = torch.cat([trainer.objective.measure(batch).out.losses for batch in batches])
     ours, gradients = loss_and_gradients(policy, losses.mean())
 
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
