@@ -97,7 +97,7 @@ def curves(key: str, title: str, unit: str, runs: Sequence[Curve], *, logarithmi
 
 def _kinds(run: Curve) -> list[str]:
     """Endings of the names of a run's curves."""
-    return [""] * bool(len(run.values)) + [" (held out)"] * bool(len(run.held_out))
+    return [""] if bool(len(run.values)) != bool(len(run.held_out)) else ["", " (held out)"]
 
 
 def _draw_curve(axes: Axes, run: Curve, color: str) -> None:
@@ -105,7 +105,7 @@ def _draw_curve(axes: Axes, run: Curve, color: str) -> None:
         axes.plot(run.steps, run.values, color=color, alpha=0.3, linewidth=1)
         axes.plot(run.steps, smoothed(run.values), color=color, linewidth=1.8, label=run.run)
     if len(run.held_out):
-        label = f"{run.run} (held out)"
+        label = f"{run.run}{_kinds(run)[-1]}"
         axes.plot(run.held_out_steps, run.held_out, color=color, marker="o", markersize=4.5, linewidth=1, label=label)
 
 
@@ -121,7 +121,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def _in_words(run: Curve) -> str:
     parts = []
-    for name, steps, values in (("", run.steps, run.values), (" on held-out pairs", run.held_out_steps, run.held_out)):
+    held_out = " on held-out pairs" if len(run.values) else ""
+    for name, steps, values in (("", run.steps, run.values), (held_out, run.held_out_steps, run.held_out)):
         if len(values):
             first, last = (f"{number(values[end])} at step {steps[end]:g}" for end in (0, -1))
             parts.append(f"{first} to {last}{name}")
@@ -160,7 +161,7 @@ def bars(key: str, title: str, unit: str, groups: Sequence[str], series: Mapping
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylim(0, 1)
         axes.grid(axis="x", visible=False)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2)
         return figure
 
     words = "; ".join(

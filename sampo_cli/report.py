@@ -114,7 +114,10 @@ def _length_bias(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
     shares: dict[str, list[float | None]] = {}
     for run, name in zip(runs, names, strict=True):
         rows = run.of_kind("eval")
-        for key, what in (("length_bias", name), ("sum_length_bias", f"{name}, as DPO's sum")):
+        kinds = {"length_bias": name, "sum_length_bias": f"{name}, as DPO's sum"}
+        if tree_of(run.summary.get("method")).get("reduction") == "sum":
+            del kinds["sum_length_bias"]  # it is its own
+        for key, what in kinds.items():
             buckets = list_of(tree_of(rows[-1].get(key)).get("buckets")) if rows else []
             by_bucket = [number_of(tree_of(bucket).get("accuracy")) for bucket in buckets]
             if len(by_bucket) == len(BUCKETS) and any(value is not None for value in by_bucket):
