@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,15 @@ def evaluated(policy: list[float], reference: list[float] | None, *lengths: tupl
 
 
 def test_kl_by_hand() -> None:
-    """One pair of 2 and 1 tokens. Log-ratios 1, -1 and 0: k1 = log x, k3 = 1/x - 1 + log x with x = pi / ref.
+    """One pair of 2 and 1 tokens. Log-ratios 1, -2 and 0: k1 = log x, k3 = 1/x - 1 + log x with x = pi / ref.
 
-    k3: e^-1 - 1 + 1 = 0.3679, e^1 - 1 - 1 = 0.7183, 0; in all 1.0862 over 3 tokens and 2 responses.
+    k1: -1 in all. k3: e^-1 - 1 + 1 = 0.3679, e^2 - 1 - 2 = 4.3891, 0; in all 4.7569. Over 3 tokens, and 2 responses.
     """
-    row = evaluated([-1.0, -3.0, -2.0], [-2.0, -2.0, -2.0], (2, 1)).row()
-    assert row["kl_per_token_k1"] == pytest.approx(0.0)
-    assert row["kl_per_response_k1"] == pytest.approx(0.0)
-    assert row["kl_per_token"] == pytest.approx((math.exp(-1) + math.e - 2) / 3)
-    assert row["kl_per_response"] == pytest.approx((math.exp(-1) + math.e - 2) / 2)
+    row = evaluated([-1.0, -4.0, -2.0], [-2.0, -2.0, -2.0], (2, 1)).row()
+    assert row["kl_per_token_k1"] == pytest.approx(-1 / 3)
+    assert row["kl_per_response_k1"] == pytest.approx(-1 / 2)
+    assert row["kl_per_token"] == pytest.approx(4.7569 / 3, abs=1e-4)
+    assert row["kl_per_response"] == pytest.approx(4.7569 / 2, abs=1e-4)
 
 
 def test_length_bias_by_hand() -> None:
