@@ -203,6 +203,8 @@ def test_a_group_is_one_row_of_its_aggregate(tiny_llama: Path, tasks: Callable[.
     (row,) = results(Claim("Both", "both", 1, "acc,none"), found, limited=False)
     assert (row.task, row.examples, row.shots, row.limited) == ("both", 2 * QUESTIONS, 1, False)
     assert row.value == pytest.approx(np.mean([found["results"][name]["acc,none"] for name in ("first", "second")]))
+    found["n-samples"]["first"]["effective"] -= 1  # a limit that cuts one subtask and not the other
+    assert results(Claim("Both", "both", 1, "acc,none"), found, limited=True)[0].limited
 
 
 @needs_lm_eval
