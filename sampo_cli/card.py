@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sampo_cli.card_facts import Facts, Tree, list_of, read_facts, tree_of
+from sampo_cli.card_facts import Facts, Tree, list_of, read_facts, run_of, tree_of
+from sampo_cli.card_results import Plot, benchmarks_of, bucket_rows, index_of
 
 Rows = list[tuple[str, object]]
 
@@ -21,25 +24,29 @@ LONGEST_TEXT = 500
 """Characters of a value that are shown."""
 
 
-def model_card(folder: Path, *, repo: str | None = None, merged: bool = False) -> str:
+def model_card(folder: Path, *, repo: str | None = None, merged: bool = False, plots: Sequence[Plot] = ()) -> str:
     """The card of a run, an adapter or a merged model, as the text of a README.md.
 
     Args:
         folder: a run folder, an adapter folder or a merged model's folder.
         repo: where it will be published, for the title and the example.
         merged: of a run, describe the merged model and not the adapter.
+        plots: figures that are published beside the card.
     """
-    facts = read_facts(folder, merged=merged)
+    facts, benchmarks = read_facts(folder, merged=merged), benchmarks_of(run_of(folder))
     sections = [_introduction(facts, repo), _usage(facts, repo), _method(facts), _data(facts), _training(facts)]
     versions = _table("package", "version", sorted(tree_of(facts.summary.get("versions")).items()))
     licence = facts.licence.get("license_name") or facts.licence.get("license")
     known = f" ({_text(licence)})" if licence else ""
     note = f"The base model's licence{known} applies here too; the data's licences may ask for more."
-    sections += [_evaluation(facts), _section("Versions", versions), _section("Licence", note)]
-    return f"---\n{_front_matter(facts)}\n---\n\n" + "\n\n".join(part for part in sections if part) + "\n"
+    figures = [f"![{_text(plot.alt)}]({plot.path})" for plot in plots]
+    sections += [_evaluation(facts), _benchmarks(benchmarks), _section("Figures", *figures)]
+    sections += [_section("Versions", versions), _section("Licence", note)]
+    front = _front_matter(facts, index_of(facts, benchmarks), repo)
+    return f"---\n{front}\n---\n\n" + "\n\n".join(part for part in sections if part) + "\n"
 
 
-def _front_matter(facts: Facts) -> str:
+def _front_matter(facts: Facts, results: list[Any], repo: str | None) -> str:
     from huggingface_hub import ModelCardData
 
     tags = ["sampo", "preference-optimization", facts.method] if facts.method else []
@@ -51,6 +58,8 @@ def _front_matter(facts: Facts) -> str:
         library_name="transformers" if facts.merged else "peft",
         pipeline_tag="text-generation",
         tags=tags,
+        model_name=(repo or "model").split("/")[-1] if results else None,
+        eval_results=results or None,
         **related,
         **facts.licence,
     ).to_yaml()
@@ -140,6 +149,15 @@ def _data(facts: Facts) -> str:
     return _section("Data", f"Preference pairs from {', '.join(names)}." * bool(names), _table("pairs", "count", rows))
 
 
+def _benchmarks(rows: Sequence[Tree]) -> str:
+    shown: Rows = []
+    for row in rows:
+        error = "" if row.get("stderr") is None else f" ± {_text(row['stderr'])}"
+        name = f"{row['title']} ({row['metric']}, {row.get('shots')} shots)"
+        shown.append((name, f"{_text(row['value'])}{error}"))
+    return _section("Benchmarks", _table("task", "value", shown))
+
+
 _RECIPE_ROWS = (
     ("method", ("beta", "reduction", "sampling", "draws", "label_smoothing", "sft_weight")),
     ("method", ("gamma", "dpop_weight", "length_weight", "kl_weight")),
@@ -173,5 +191,7 @@ def _evaluation(facts: Facts) -> str:
     names = (("prompts", "prompts"), ("base_tokens", "tokens, base"), ("adapter_tokens", "tokens, tuned"))
     lengths = _table("generated", "value", [(name, generated.get(key)) for key, name in names])
     parts = ["Pairs held out at random from the same data, not seen in training:", rewards] if rewards else []
+    buckets = _table("chosen response is", "accuracy", bucket_rows(held_out))
+    parts += ["Accuracy by how long the chosen response is, compared with the other:", buckets] if buckets else []
     parts += ["Mean length of the answers, before and after:", lengths] if lengths else []
     return _section("Evaluation", *parts)

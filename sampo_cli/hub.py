@@ -14,6 +14,7 @@ from typing import Any
 
 from sampo_cli.card import model_card
 from sampo_cli.card_facts import hub_id, read_facts, read_tree, run_of
+from sampo_cli.card_results import plots_of
 from sampo_cli.errors import ModelError, UsageError
 from sampo_cli.fingerprint import INDEX_FILE, merged_is_current, read_header, weight_files
 from sampo_cli.remote import is_path_like
@@ -83,7 +84,8 @@ def plan(source: Path, *, repo: str, merged: bool = False, public: bool = False)
         raise UsageError(f"--repo '{repo}': not a name on the Hub", hint=hint)
     folder, is_model = _folder_of(source, merged)
     facts = read_facts(source, merged=is_model)
-    card = model_card(source, repo=repo, merged=is_model)
+    plots = plots_of(run_of(source))
+    card = model_card(source, repo=repo, merged=is_model, plots=plots)
     notes = []
     if facts.base is None and not is_model:
         notes.append("the base model has no name on the Hub: adapter_config.json is published without one")
@@ -92,6 +94,7 @@ def plan(source: Path, *, repo: str, merged: bool = False, public: bool = False)
     files = [_file(path, folder, facts.base) for path in _paths(folder, is_model)]
     readme = card.encode()
     files.append(PushFile("README.md", len(readme), readme))
+    files += [PushFile(plot.path, len(plot.content), plot.content) for plot in plots]
     files.sort(key=lambda file: file.path)
     found = scan((file.path, file.source) for file in files)
     warnings = tuple(f"{finding.describe()}: take it out before others can read it" for finding in found)

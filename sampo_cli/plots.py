@@ -5,6 +5,7 @@ A figure is made from numbers and returned; nothing is read here, and no window 
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -52,7 +53,7 @@ def check_plots(folder: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the folder cannot be made.
     """
-    if find_spec("matplotlib") is None:
+    if not is_installed():
         raise UsageError(
             "--plot: matplotlib is not installed", hint="pip install matplotlib (the extra 'report' has it)"
         )
@@ -61,16 +62,29 @@ def check_plots(folder: Path) -> None:
         raise UsageError(f"--plot {folder}: {place} is no folder that can be written", hint="name another folder")
 
 
-def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> list[Path]:
-    """Draw each figure in our style and save it as NAME.png, which replaces one of that name. Returns the files."""
+def is_installed() -> bool:
+    """True where figures can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
+def png(draw: Callable[[], Figure]) -> bytes:
+    """A figure in our style."""
     from matplotlib.style import context
 
+    written = io.BytesIO()
+    with context(["default", STYLE, {"text.parse_math": False}]):
+        draw().savefig(written, format="png", metadata={"Software": None})
+    return written.getvalue()
+
+
+def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> list[Path]:
+    """Draw each figure in our style and save it as NAME.png, which replaces one of that name. Returns the files."""
     files = []
-    with writing(folder), context(["default", STYLE]):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in figures.items():
             files.append(folder / f"{name}.png")
-            draw().savefig(files[-1], format="png", metadata={"Software": None})
+            files[-1].write_bytes(png(draw))
     return files
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from sampo_cli.card import model_card
 from sampo_cli.card_facts import hub_id
+from sampo_cli.card_results import Plot
 from sampo_cli.errors import ModelError
 from sampo_cli.methods import METHODS
 
@@ -89,9 +90,41 @@ def test_front_matter_of_an_adapter(tmp_path: Path) -> None:
         "base_model_relation": "adapter",
         "datasets": ["Intel/orca_dpo_pairs"],
         "library_name": "peft",
+        "model-index": [{"name": "tiny", "results": data["model-index"][0]["results"]}],
         "pipeline_tag": "text-generation",
         "tags": ["sampo", "preference-optimization", "lora", "peft"],
     }
+
+
+def test_the_index_holds_what_was_measured(tmp_path: Path) -> None:
+    """The held-out pairs, and the benchmarks that sampo eval wrote; a row that is none of its own is left out."""
+    run = make_run(tmp_path / "run")
+    (run / "eval").mkdir()
+    row = {"task": "gsm8k", "title": "GSM8K", "metric": "exact_match,strict-match", "value": 0.25, "stderr": 0.01}
+    rows = [row | {"shots": 5}, row | {"title": "[x](http://evil)"}, row | {"value": "0.9"}, {"task": 3}]
+    (run / "eval" / "suite.json").write_text(json.dumps({"suite": "x", "results": rows}))
+    (run / "eval" / "answers.json").write_text("[]")
+    (run / "eval" / "broken.json").write_text("{")
+    card = model_card(run, repo="tester/tiny")
+    (index,) = front_matter(card)["model-index"]
+    found = {result["dataset"]["name"]: result["metrics"] for result in index["results"]}
+    orca = "Intel/orca_dpo_pairs, held out"
+    assert found[orca][0] == {"type": "accuracy", "value": 0.7857, "name": "Held-out preference accuracy"}
+    assert found["GSM8K"] == [{"type": "exact_match", "value": 0.25, "name": "exact_match,strict-match"}]
+    assert set(found) == {orca, "GSM8K"}
+    assert cell(card, r"GSM8K \(exact\_match,strict-match, 5 shots\)") == "0.25 ± 0.01"
+
+
+def test_accuracy_by_length_and_figures_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    buckets = [{"name": "much longer", "pairs": 4, "accuracy": 0.75}, {"name": "similar", "pairs": 0, "accuracy": None}]
+    summary["evaluation"]["length_bias"] = {"spearman": 0.1, "buckets": buckets}
+    (run / "summary.json").write_text(json.dumps(summary))
+    card = model_card(run, plots=[Plot("plots/loss.png", "Loss [x](y)", b"")])
+    assert cell(card, r"much longer \(4 pairs\)") == "0.75"
+    assert "similar" not in card
+    assert r"![Loss \[x\]\(y\)](plots/loss.png)" in card
 
 
 def test_front_matter_of_a_merged_model(tmp_path: Path) -> None:
