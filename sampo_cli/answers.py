@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sampo_cli import metrics
-from sampo_cli.batch import Pairs, TokenIds
+from sampo_cli.batch import Pair, Pairs, TokenIds
 from sampo_cli.config import GenerateConfig
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.formats import Conversation, Unusable
@@ -37,12 +37,18 @@ class Prompt:
 
 
 def find_prompts(
-    settings: GenerateConfig, pairs: Pairs, held_out: Sequence[int], encoder: PairEncoder, context: int | None
+    settings: GenerateConfig,
+    pairs: Pairs,
+    held_out: Sequence[int],
+    encoder: PairEncoder,
+    context: int | None,
+    texts: Callable[[list[int]], Mapping[int, str]],
 ) -> list[Prompt]:
     """The prompts that a run answers; none where the recipe asks for none.
 
     Args:
         held_out: indices into `pairs`.
+        texts: gives the prompts of pair ids as people read them.
         context: most tokens of prompt and answer that the model takes, if that is known.
 
     Raises:
@@ -53,26 +59,27 @@ def find_prompts(
     room = None if context is None else context - settings.max_new_tokens
     if isinstance(settings.prompts, str):
         return prompts_of_file(Path(settings.prompts), encoder, room)
-    found = held_out_prompts(pairs, held_out, encoder.tokenizer, settings.prompts, room)
+    found = held_out_prompts(pairs, held_out, settings.prompts, room)
     if not found:
         why = "no pairs are held out" if not held_out else f"no held-out prompt has at most {room:,} tokens"
         raise UsageError(f"train.generate.prompts: {why}", hint="--eval-fraction, a file of prompts, or prompts=0")
-    return found
+    said = texts([pair.pair_id for pair in found])
+    return [Prompt(said[pair.pair_id], pair.prompt) for pair in found]
 
 
-def held_out_prompts(
-    pairs: Pairs, held_out: Sequence[int], tokenizer: Any, count: int, room: int | None
-) -> list[Prompt]:
-    """The first `count` different prompts of the held-out pairs.
+def held_out_prompts(pairs: Pairs, held_out: Sequence[int], count: int, room: int | None) -> list[Pair]:
+    """The first `count` held-out pairs whose prompts differ.
 
     Args:
-        room: most tokens of one, so that an answer fits into the model's context; None for any.
+        room: most tokens of a prompt, so that an answer fits into the model's context; None for any.
     """
-    found: dict[tuple[int, ...], Prompt] = {}
+    found: dict[tuple[int, ...], Pair] = {}
     for index in held_out:
-        ids = pairs[index].prompt
-        if len(found) < count and (room is None or len(ids) <= room):
-            found.setdefault(tuple(ids.tolist()), Prompt(tokenizer.decode(ids, skip_special_tokens=True).strip(), ids))
+        if len(found) == count:
+            break
+        pair = pairs[index]
+        if room is None or len(pair.prompt) <= room:
+            found.setdefault(tuple(pair.prompt.tolist()), pair)
     return list(found.values())
 
 
@@ -90,17 +97,18 @@ def prompts_of_file(path: Path, encoder: PairEncoder, room: int | None) -> list[
     if not lines:
         raise UsageError(f"train.generate.prompts {path}: no prompts in it", hint="write one a line")
     texts = [_text(line, f"{path}:{n}") for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
-    turns = [Conversation([{"role": "user", "content": text}], "ANSWER", "OTHER") for text in texts]
     found = []
-    for number, (text, encoded) in enumerate(zip(texts, encoder.encode(turns), strict=True), 1):
-        if isinstance(encoded, Unusable):
-            raise DataError(f"{path}: prompt {number} cannot be used: {encoded}")
-        if room is not None and len(encoded.prompt) > room:
+    for number, text in enumerate(texts, 1):
+        try:
+            ids = encoder.prompt([{"role": "user", "content": text}])
+        except Unusable as problem:
+            raise DataError(f"{path}: prompt {number} cannot be used: {problem}") from problem
+        if room is not None and len(ids) > room:
             raise DataError(
-                f"{path}: prompt {number} has {len(encoded.prompt):,} tokens, and {room:,} leave room for an answer",
+                f"{path}: prompt {number} has {len(ids):,} tokens, and {room:,} leave room for an answer",
                 hint="shorten it, or lower train.generate.max_new_tokens",
             )
-        found.append(Prompt(text, np.array(encoded.prompt, np.int32)))
+        found.append(Prompt(text, np.array(ids, np.int32)))
     return found
 
 
@@ -142,7 +150,8 @@ class Answers:
         ends: tuple[int, ...] = (),
     ) -> None:
         self.prompts, self.tokenizer, self.path = prompts, tokenizer, folder / TEXTS_FILE
-        self.decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.seed, ends)
+        self.decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.seed)
+        self.ends = ends
         self._base: list[Completion] | None = None
 
     def row(self, policy: Policy, step: int, granted: Granted) -> dict[str, Any]:
@@ -166,7 +175,8 @@ class Answers:
 
     def _complete(self, policy: Policy, granted: Granted) -> list[Completion]:
         prompts = [prompt.ids for prompt in self.prompts]
-        return complete(policy, self.tokenizer, prompts, self.decoding, each_token=granted)
+        ends = self.ends
+        return complete(policy, self.tokenizer, prompts, self.decoding, more_ends=ends, each_token=granted)
 
     def _complete_as_base(self, policy: Policy, granted: Granted) -> list[Completion]:
         with base(policy):

@@ -14,9 +14,8 @@ from transformers import TextStreamer
 
 from sampo_cli.disk import write_text
 from sampo_cli.errors import UsageError
-from sampo_cli.eval_generate import Decoding, choice_of, completion_of
 from sampo_cli.formats import Message, Unusable
-from sampo_cli.generate import end_tokens
+from sampo_cli.generate import Decoding, choice_of, completion_of, end_tokens
 from sampo_cli.policy import Policy
 from sampo_cli.template import PairEncoder
 

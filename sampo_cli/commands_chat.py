@@ -15,7 +15,7 @@ from sampo_cli.trust import CONTROL
 
 if TYPE_CHECKING:
     from sampo_cli.chat import Chat, Side, Write
-    from sampo_cli.eval_generate import Decoding
+    from sampo_cli.generate import Decoding
     from sampo_cli.subject import Subject
 
 SIDES: dict[str, tuple[Side, ...]] = {"adapter": ("adapter",), "base": ("base",), "both": ("adapter", "base")}
@@ -56,7 +56,7 @@ def chat(
     if as_json and asked is None:
         raise UsageError("--json answers one prompt", hint="give --prompt, or text on stdin")
     from sampo_cli.chat import to_dict
-    from sampo_cli.eval_generate import Decoding
+    from sampo_cli.generate import Decoding
     from sampo_cli.subject import find_subject
 
     found = find_subject(subject, adapter=adapter, quantization=quantization, settings=settings or ())

@@ -16,9 +16,10 @@ from sampo_cli.config import Recipe
 from sampo_cli.data import PairDataset, prepare, split
 from sampo_cli.disk import expanded, write_text
 from sampo_cli.errors import DataError, UsageError
-from sampo_cli.eval_generate import Completion, Decoding, GenerationReport, complete
+from sampo_cli.eval_generate import GenerationReport
 from sampo_cli.eval_generate import summarise as summarise_answers
 from sampo_cli.eval_pairs import measure, own_method
+from sampo_cli.generate import Completion, Decoding, complete
 from sampo_cli.judge import ask_judge, write_answers
 from sampo_cli.model import context_length, load_config
 from sampo_cli.pair_report import PairReport, summarise

@@ -13,6 +13,7 @@ from transformers import StoppingCriteriaList
 
 from sampo_cli.batch import TokenIds
 from sampo_cli.errors import is_out_of_memory
+from sampo_cli.model import context_length
 from sampo_cli.policy import Policy
 
 BATCH = 16
@@ -25,13 +26,12 @@ NGRAM = 4
 class Decoding:
     """How answers are chosen. `temperature` 0 is greedy; above, from the whole vocabulary.
 
-    `ends` are tokens that end an answer beside the tokenizer's and the model's own.
+    An answer also ends where the model's context does.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int = 0
-    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def complete(
     prompts: Sequence[TokenIds],
     decoding: Decoding,
     note: Callable[[str], object] = lambda text: None,
+    *,
+    more_ends: Sequence[int] = (),
     each_token: Callable[[], object] = lambda: None,
 ) -> list[Completion]:
     """The policy's answers to rendered prompts, in their order; batches hold prompts of like length.
@@ -86,16 +88,18 @@ def complete(
 
     Args:
         note: told how far it is, after each batch.
+        more_ends: tokens that end an answer beside the tokenizer's and the model's own.
         each_token: called after each token of a batch; what it raises ends this.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    ends = end_tokens(policy.causal_lm, tokenizer, decoding.ends)
+    ends = end_tokens(policy.causal_lm, tokenizer, more_ends)
     found: dict[int, Completion] = {}
     with _evaluating(policy), _own_draws(policy.causal_lm.device, decoding.seed):
         for first in range(0, len(order), BATCH):
             indices = order[first : first + BATCH]
-            rows = _generate(policy, tokenizer, [prompts[index] for index in indices], decoding, each_token)
-            found.update((i, _completion(row, ends, tokenizer)) for i, row in zip(indices, rows, strict=True))
+            batch = [prompts[index] for index in indices]
+            rows = _generate(policy, tokenizer, batch, decoding, ends, each_token)
+            found.update((i, completion_of(row, ends, tokenizer)) for i, row in zip(indices, rows, strict=True))
             note(f"answers: {min(first + BATCH, len(order))} of {len(order)}")
     return [found[index] for index in range(len(prompts))]
 
@@ -124,11 +128,12 @@ def _generate(
     tokenizer: Any,
     prompts: Sequence[TokenIds],
     decoding: Decoding,
+    ends: Sequence[int],
     each_token: Callable[[], object],
 ) -> list[list[int]]:
     """The new tokens of a left-padded batch, padding behind the end included; in halves where it does not fit."""
     causal_lm = policy.causal_lm
-    width, ends = max(map(len, prompts)), end_tokens(causal_lm, tokenizer, decoding.ends)
+    width = max(map(len, prompts))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     ids = np.stack([np.pad(row, (width - len(row), 0), constant_values=padding) for row in prompts]).astype(np.int64)
     mask = np.stack([np.arange(width) >= width - len(row) for row in prompts]).astype(np.int64)
@@ -137,29 +142,33 @@ def _generate(
         each_token()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    choice: dict[str, Any] = {"do_sample": False}
-    if decoding.temperature:
-        choice = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    room = (context_length(causal_lm.config) or width + decoding.max_new_tokens) - width
     try:
         with torch.autocast(causal_lm.device.type, dtype=policy.dtype, enabled=policy.dtype != torch.float32):
             rows = causal_lm.generate(
                 input_ids=torch.from_numpy(ids).to(causal_lm.device),
                 attention_mask=torch.from_numpy(mask).to(causal_lm.device),
-                max_new_tokens=decoding.max_new_tokens,
-                repetition_penalty=1.0,
                 use_cache=True,
                 stopping_criteria=StoppingCriteriaList([go_on]),
-                eos_token_id=ends or None,
+                eos_token_id=list(ends) or None,
                 pad_token_id=padding,
-                **choice,
+                **choice_of(decoding, room),
             )
         return rows[:, width:].tolist()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(prompts) == 1:
             raise
     half = len(prompts) // 2
-    parts = [_generate(policy, tokenizer, part, decoding, each_token) for part in (prompts[:half], prompts[half:])]
-    return parts[0] + parts[1]
+    parts = (prompts[:half], prompts[half:])
+    return [row for part in parts for row in _generate(policy, tokenizer, part, decoding, ends, each_token)]
+
+
+def choice_of(decoding: Decoding, room: int) -> dict[str, Any]:
+    """What `generate` is to be told, whatever a model's own generation config says. `room`: most new tokens."""
+    choice: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature:
+        choice = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    return {**choice, "max_new_tokens": max(1, min(decoding.max_new_tokens, room)), "repetition_penalty": 1.0}
 
 
 def end_tokens(causal_lm: Any, tokenizer: Any, more: Sequence[int] = ()) -> list[int]:
@@ -169,7 +178,8 @@ def end_tokens(causal_lm: Any, tokenizer: Any, more: Sequence[int] = ()) -> list
     return sorted({token for token in (*listed, tokenizer.eos_token_id, *more) if token is not None})
 
 
-def _completion(row: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Completion:
+def completion_of(row: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Completion:
+    """The answer in a row of new tokens, with what comes after its end cut off."""
     stop = next((place for place, token in enumerate(row) if token in ends), None)
     kept = row if stop is None else row[: stop + 1]
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()

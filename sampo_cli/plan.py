@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from sampo_cli.lock import LOCK, refuse_held
 from sampo_cli.method_checks import check, refuse
 from sampo_cli.methods import METHODS, Method, find
 from sampo_cli.model import context_length, load_config
+from sampo_cli.prompts import prompt_texts
 from sampo_cli.remote import fetch_model
 from sampo_cli.sampling import POLICY
 from sampo_cli.template import PairEncoder, load_tokenizer, never_ends, uses_plain_template
@@ -147,7 +149,8 @@ def _prompts(
     if stopping.metric and kind_of(stopping.metric) == "eval" and not held_out:
         raise UsageError(f"train.early_stopping.metric: {stopping.metric} needs pairs held out", hint="--eval-fraction")
     encoder = PairEncoder(tokenizer, recipe.data.template_date)
-    found = find_prompts(recipe.train.generate, dataset, held_out, encoder, context)
+    texts = partial(prompt_texts, recipe.data)
+    found = find_prompts(recipe.train.generate, dataset, held_out, encoder, context, texts)
     if isinstance(wanted, int) and len(found) < wanted:
         view.note(f"  {len(found)} prompts are answered, not {wanted}: no others leave room for an answer")
     return found

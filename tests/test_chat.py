@@ -19,8 +19,7 @@ import pytest
 from sampo_cli.chat import Chat
 from sampo_cli.commands_chat import _fit_to_show
 from sampo_cli.errors import ExitCode, UsageError
-from sampo_cli.eval_generate import Decoding
-from sampo_cli.generate import answer
+from sampo_cli.generate import Decoding, answer
 from sampo_cli.model import context_length
 from sampo_cli.policy import reference
 from sampo_cli.subject import find_subject, load_subject

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +192,7 @@ def test_answers_that_drift_in_length_end_a_run(tiny_llama: Path, tmp_path: Path
     train: dict[str, Any] = {"max_steps": 12, "eval_every": 1, "generate": {"prompts": 3, "max_new_tokens": 8}}
     train |= {"early_stopping": {"max_length_drift": 0.5}, "learning_rate": 3e-2}
     trainer = answering(make_recipe(tiny_llama, method={"sft_weight": 2.0}, train=train), tmp_path / "run")
-    trainer.answers.decoding = replace(trainer.answers.decoding, ends=(50,))
+    trainer.answers.ends = (50,)
     trainer.fit(StopRequest())
     ratios = [row["length_ratio"] for row in rows(trainer, "generate")]
     assert ratios[0] == 1.0
@@ -231,6 +230,8 @@ def test_a_whole_run_says_it_in_its_summary_and_goes_on_with_more_patience(
     assert summary["generated"] == {
         "prompts": 2, "base_tokens": kept["base_tokens"], "adapter_tokens": kept["tokens"],
     }  # fmt: skip
+    asked = {json.loads(line)["prompt"] for line in pairs_file.read_text().splitlines()}
+    assert {row["prompt"] for row in read(tmp_path / "run" / "generations.jsonl")} < asked
     changes = {"train": {"early_stopping": {"patience": 50}}}
     recipe, found = runs.resume(tmp_path / "run", changes)
     assert recipe.train.early_stopping == StoppingConfig(metric="accuracy", patience=50)

@@ -19,10 +19,9 @@ from sampo_cli.batch import Draw, Pair
 from sampo_cli.cli import main
 from sampo_cli.config import DataConfig
 from sampo_cli.errors import ExitCode, NumericsError
-from sampo_cli.eval_generate import Completion, Decoding, complete, repeated_share
 from sampo_cli.eval_generate import summarise as summarise_answers
 from sampo_cli.eval_pairs import Measured, measure, own_method
-from sampo_cli.generate import answer
+from sampo_cli.generate import Completion, Decoding, answer, complete, repeated_share
 from sampo_cli.judge import ask_judge, write_answers
 from sampo_cli.pair_report import summarise
 from sampo_cli.plan import resolve_recipe

@@ -31,12 +31,16 @@ from tests.test_trainer import adapter, make_recipe, make_trainer, rows
 SETTINGS = {"prompts": 3, "max_new_tokens": 8}
 
 
+def named(pair_ids: list[int]) -> dict[int, str]:
+    return {number: f"prompt of {number}" for number in pair_ids}
+
+
 def answering(recipe: Recipe, folder: Path, held_out: int = 4) -> Trainer:
     """A trainer that answers the prompts of its first held-out pairs."""
     trainer = make_trainer(recipe, folder, held_out=held_out)
     encoder = PairEncoder(tiny.make_tokenizer(), "2024-07-26")
     settings = recipe.train.generate
-    prompts = find_prompts(settings, trainer.split.pairs, trainer.split.evaluation, encoder, 512)
+    prompts = find_prompts(settings, trainer.split.pairs, trainer.split.evaluation, encoder, 512, named)
     trainer.answers = Answers(settings, prompts, encoder.tokenizer, folder)
     return trainer
 
@@ -96,7 +100,7 @@ def test_an_answer_ends_with_its_turn(policy: Policy) -> None:
     free = complete(policy, tokenizer, PROMPTS[:1], Decoding(12))[0]
     assert free.tokens == 12
     ids = tokenizer.encode(free.text, add_special_tokens=False)
-    cut = complete(policy, tokenizer, PROMPTS[:1], Decoding(12, ends=(ids[4],)))[0]
+    cut = complete(policy, tokenizer, PROMPTS[:1], Decoding(12), more_ends=[ids[4]])[0]
     assert cut.ended
     assert cut.tokens <= 5
     assert end_of_turn(PairEncoder(tokenizer, "2024-07-26")) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
@@ -269,11 +273,14 @@ def pair(number: int, prompt: list[int]) -> Pair:
 
 def test_held_out_prompts_differ_and_leave_room_for_an_answer() -> None:
     pairs = tiny.PairList([pair(0, [9, 9]), pair(1, [9, 9]), pair(2, [8] * 40), pair(3, [7]), pair(4, [6])])
-    found = find_prompts(GenerateConfig(prompts=2, max_new_tokens=8), pairs, [0, 1, 2, 3, 4], encoder(), 40)
-    assert [prompt.ids.tolist() for prompt in found] == [[9, 9], [7]]
-    assert find_prompts(GenerateConfig(), pairs, [0], encoder(), 40) == []
+    settings = GenerateConfig(prompts=2, max_new_tokens=8)
+    found = find_prompts(settings, pairs, [0, 1, 2, 3, 4], encoder(), 40, named)
+    assert [(prompt.text, prompt.ids.tolist()) for prompt in found] == [("prompt of 0", [9, 9]), ("prompt of 3", [7])]
+    assert find_prompts(GenerateConfig(), pairs, [0], encoder(), 40, named) == []
     with pytest.raises(UsageError, match="no pairs are held out"):
-        find_prompts(GenerateConfig(prompts=2), pairs, [], encoder(), 40)
+        find_prompts(settings, pairs, [], encoder(), 40, named)
+    with pytest.raises(UsageError, match="no held-out prompt has at most 32 tokens"):
+        find_prompts(settings, pairs, [2], encoder(), 40, named)
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
