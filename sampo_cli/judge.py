@@ -50,7 +50,7 @@ def ask_judge(config: str, answers: Path, reference: Path, folder: Path) -> dict
     Args:
         config: an annotator of alpaca_eval, such as weighted_alpaca_eval_gpt4_turbo, or a folder with a configs.yaml.
         answers, reference: files that `write_answers` wrote.
-        folder: where the judge's annotations are kept; those that are there are not asked for again.
+        folder: where the judge's annotations go.
 
     Returns:
         alpaca_eval's metrics, `win_rate` and `length_controlled_winrate` among them; the latter is None, and `note`
@@ -76,7 +76,7 @@ def ask_judge(config: str, answers: Path, reference: Path, folder: Path) -> dict
                 is_return_instead_of_print=True,
                 fn_metric="get_winrate",
                 sort_by="win_rate",
-                caching_path=folder / "annotations-cache.json",
+                caching_path=None,  # 0.6.6 cannot read its own whole-number verdicts back with pandas 3
             )
     except Exception as error:  # whatever a judge's client raises
         raise SampoError(

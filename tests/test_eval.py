@@ -379,21 +379,29 @@ def test_a_judge_through_alpaca_eval(tmp_path: Path, judge: Path, monkeypatch: p
 
 
 def test_a_length_controlled_win_rate(tmp_path: Path, judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the file that alpaca_eval fetches for it in the Hub's cache: alpaca_eval's own model of length is fitted."""
+    """With the file that alpaca_eval fetches for it in the Hub's cache: alpaca_eval's own model of length is fitted.
+
+    The file says how difficult AlpacaEval's instructions are, which has nothing to do with the pairs' prompts.
+    """
     pytest.importorskip("alpaca_eval")
-    repository = tmp_path / "hub" / "datasets--tatsu-lab--alpaca_eval"
-    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    rows = "".join(f"m,{number},0.5,0.1,0.2,False\n" for number in range(805))
-    header = "model,index,preference,instruction_difficulty,std_delta_len,not_gamed_baseline\n"
-    (repository / "snapshots" / ("0" * 40) / "df_gamed.csv").write_text(header + rows)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = judged(tmp_path, judge)
-    assert "note" not in found
-    assert 0 < found["length_controlled_winrate"] < 100
-    assert found["length_controlled_winrate"] == pytest.approx(found["win_rate"], abs=15)
+    header = "model,index,preference,instruction_difficulty,std_delta_len,not_gamed_baseline\n"
+    rates, difficulties = [], [0.1] * 805
+    for case in ("any difficulty", "one that goes with the verdicts"):
+        repository = tmp_path / case / "datasets--tatsu-lab--alpaca_eval"
+        (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        rows = "".join(f"m,{number},0.5,{value},0.2,False\n" for number, value in enumerate(difficulties))
+        (repository / "snapshots" / ("0" * 40) / "df_gamed.csv").write_text(header + rows)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / case))
+        found = judged(tmp_path, judge)
+        assert "note" not in found
+        assert found["length_controlled_winrate"] == pytest.approx(found["win_rate"], abs=15)
+        rates.append(found["length_controlled_winrate"])
+        verdicts = json.loads((tmp_path / "out" / "annotations.json").read_text())
+        difficulties = [6 * verdict["preference"] - 9 for verdict in verdicts] + [0] * 745
+    assert 0 < rates[0] == rates[1] < 100
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
