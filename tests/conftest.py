@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ import pytest
 from tests import tiny
 from tests.reliability import record_outcome
 from tests.warm import Warm
+
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as nohup and shells in the background leave it to their children
+        signal.signal(number, usual)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -292,14 +292,18 @@ def test_templates_cannot_reach_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_else_renders_templates() -> None:
-    """All rendering is transformers' `apply_chat_template`, which is sandboxed; nothing here compiles one itself."""
+    """All rendering is transformers' `apply_chat_template`, which is sandboxed; nothing here compiles one itself.
+
+    But for our own page of a report.
+    """
     package = Path(__file__).resolve().parents[1] / "sampo_cli"
     callers = set()
     for path in package.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                assert not any(name.split(".")[0] in ("jinja2", "mako", "chevron") for name in names), path.name
+                used = any(name.split(".")[0] in ("jinja2", "mako", "chevron") for name in names)
+                assert used <= (path.name == "report.py"), path.name
             if isinstance(node, ast.Attribute) and node.attr == "apply_chat_template":
                 callers.add(path.stem)
     assert callers == {"template", "generate"}
