@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ LINES = {"eval": eval_line, "generate": generate_line}
 
 
 def picture(run: Path, step: int | None) -> str:
-    """The terminal as SVG: the newest line of the log, and the view."""
+    """The terminal as SVG: the log's lines of the newest evaluation and answers, and the view."""
     rows = [row for row in metrics.read(run / "metrics.jsonl") if step is None or row["step"] <= step]
     planned = json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"]["planned"]
     now = 0.0
@@ -38,7 +39,8 @@ def picture(run: Path, step: int | None) -> str:
     for row in [row for row in rows if row["kind"] in LINES][-2:]:
         console.print(LINES[row["kind"]](row), markup=False, highlight=False)
     console.print(view)
-    return console.export_svg(title="sampo train", unique_id="live-view")
+    svg = console.export_svg(title="sampo train", unique_id="live-view")
+    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # they would be fetched from elsewhere
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
