@@ -34,6 +34,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+IMAGE = re.compile(r"!\[[^\]]+\]\(([^)\s]+)\)")
 RECIPE_KEY = re.compile(rf"`(?:--set )?((?:{'|'.join(Recipe.model_fields)})\.[a-z_.]+)(?:[=:][^`]*)?`")
 FILES = (".py", ".json", ".jsonl", ".yaml", ".safetensors")
 
@@ -149,6 +150,12 @@ def test_the_readme_shows_the_three_commands_with_the_folder_that_train_makes() 
     assert [train[0], merge[0], push[0]] == ["train", "merge", "push-to-hub"]
     recipe = resolve_recipe({"model": {"name": train[2]}, "data": {"sources": [train[4]]}})
     assert merge[1] == push[1] == str(new_folder(recipe))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_are_there(page: Path) -> None:
+    for image in IMAGE.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        assert (page.parent / image).is_file(), image
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
