@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from sampo_cli.policy import Policy
 
 BATCH = 16
 """Prompts answered at a time; fewer where they do not fit."""
+
+FIRST_STRETCH = 64
+"""New tokens after which answers that have ended leave the batch; each later stretch is twice as long."""
 
 NGRAM = 4
 
@@ -81,7 +84,10 @@ def complete(
     more_ends: Sequence[int] = (),
     each_token: Callable[[], object] = lambda: None,
 ) -> list[Completion]:
-    """The policy's answers to rendered prompts, in their order; batches hold prompts of like length.
+    """The policy's answers to rendered prompts, in their order.
+
+    Batches hold rows of like length. They are made in stretches, after which the answers that have ended leave, so that
+    one that never ends does not keep its whole batch waiting; the next stretch reads the unfinished ones as prompts.
 
     A seed gives the same answers to the same prompts on the same machine; what the rest of the process draws is not
     changed by it. The policy comes back in the mode (training or not) that it was in.
@@ -91,17 +97,33 @@ def complete(
         more_ends: tokens that end an answer beside the tokenizer's and the model's own.
         each_token: called after each token of a batch; what it raises ends this.
     """
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     ends = end_tokens(policy.causal_lm, tokenizer, more_ends)
-    found: dict[int, Completion] = {}
+    context = context_length(policy.causal_lm.config)
+    rows: list[list[int]] = [[] for _ in prompts]
+    unfinished, stretch = list(range(len(prompts))), FIRST_STRETCH
     with _evaluating(policy), _own_draws(policy.causal_lm.device, decoding.seed):
-        for first in range(0, len(order), BATCH):
-            indices = order[first : first + BATCH]
-            batch = [prompts[index] for index in indices]
-            rows = _generate(policy, tokenizer, batch, decoding, ends, each_token)
-            found.update((i, completion_of(row, ends, tokenizer)) for i, row in zip(indices, rows, strict=True))
-            note(f"answers: {min(first + BATCH, len(order))} of {len(order)}")
-    return [found[index] for index in range(len(prompts))]
+        while unfinished:
+            texts = {index: np.append(prompts[index], np.array(rows[index], np.int32)) for index in unfinished}
+            unfinished.sort(key=lambda index: -len(texts[index]))
+            done = len(prompts) - len(unfinished)
+            for first in range(0, len(unfinished), BATCH):
+                indices = unfinished[first : first + BATCH]
+                left = min(decoding.max_new_tokens - len(rows[index]) for index in indices)
+                part = replace(decoding, max_new_tokens=min(stretch, left))
+                given = _generate(policy, tokenizer, [texts[index] for index in indices], part, ends, each_token)
+                for index, row in zip(indices, given, strict=True):
+                    rows[index] += up_to_end(row, ends)
+                    done += _is_over(rows[index], len(prompts[index]), decoding, ends, context)
+                note(f"answers: {done} of {len(prompts)}")
+            unfinished = [i for i in unfinished if not _is_over(rows[i], len(prompts[i]), decoding, ends, context)]
+            stretch *= 2
+    return [completion_of(row, ends, tokenizer) for row in rows]
+
+
+def _is_over(row: Sequence[int], prompt: int, decoding: Decoding, ends: Sequence[int], context: int | None) -> bool:
+    """Whether an answer goes on no further: it ended, or has no room, after a prompt of so many tokens."""
+    full = len(row) >= decoding.max_new_tokens or (context is not None and prompt + len(row) >= context)
+    return full or row[-1] in ends
 
 
 @contextmanager
@@ -180,10 +202,16 @@ def end_tokens(causal_lm: Any, tokenizer: Any, more: Sequence[int] = ()) -> list
 
 def completion_of(row: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Completion:
     """The answer in a row of new tokens, with what comes after its end cut off."""
-    stop = next((place for place, token in enumerate(row) if token in ends), None)
-    kept = row if stop is None else row[: stop + 1]
+    kept = up_to_end(row, ends)
+    ended = bool(kept) and kept[-1] in ends
     text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return Completion(text, len(kept), stop is not None, repeated_share(row[:stop]))
+    return Completion(text, len(kept), ended, repeated_share(kept[:-1] if ended else kept))
+
+
+def up_to_end(row: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """The tokens of an answer without the padding behind its end."""
+    stop = next((place for place, token in enumerate(row) if token in ends), len(row))
+    return list(row[: stop + 1])
 
 
 def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:

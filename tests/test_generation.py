@@ -66,6 +66,29 @@ def test_batches_sorted_by_length_answer_as_each_prompt_alone(policy: Policy, mo
     assert told == ["answers: 3 of 4", "answers: 4 of 4"]
 
 
+def test_answers_made_in_stretches_are_those_made_at_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stretches of 2, 4, 6 tokens; an answer that ended leaves its batch, and the others get the same tokens."""
+    tokenizer, decoding = tiny.make_tokenizer(), Decoding(max_new_tokens=12)
+    made, whole = [], policy.causal_lm.generate
+
+    def watched(input_ids: torch.Tensor, **options: Any) -> Any:
+        made.append(whole(input_ids=input_ids, **options))
+        return made[-1]
+
+    monkeypatch.setattr(policy.causal_lm, "generate", watched)
+    at_once = complete(policy, tokenizer, PROMPTS, decoding)
+    assert [rows.shape[0] for rows in made] == [4]
+    end = int(made[0][0, 9 + 3])  # fourth token of the answer to the longest prompt, which has 9
+    expected = complete(policy, tokenizer, PROMPTS, decoding, more_ends=[end])
+    made.clear()
+    monkeypatch.setattr("sampo_cli.generate.FIRST_STRETCH", 2)
+    assert complete(policy, tokenizer, PROMPTS, decoding) == at_once
+    assert [rows.shape for rows in made] == [(4, 9 + 2), (4, 9 + 2 + 4), (4, 9 + 6 + 6)]
+    made.clear()
+    assert complete(policy, tokenizer, PROMPTS, decoding, more_ends=[end]) == expected
+    assert made[-1].shape[0] == sum(one.tokens > 6 for one in expected) < 4
+
+
 def test_drawn_answers_depend_on_the_seed_alone_and_disturb_nobody(policy: Policy) -> None:
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(5)
