@@ -170,7 +170,7 @@ def trained_facts(run: Path) -> dict[str, Any]:
     """What the run itself says: steps, pairs, and means over its last four steps."""
     rows = [row for row in metrics.read(run / "metrics.jsonl") if row["kind"] == "train"]
     means = {f"train_{key}": float(np.mean([row[key] for row in rows[-4:]])) for key in ("margin", "accuracy", "loss")}
-    return {"steps": rows[-1]["step"], "train_pairs": sum(row["pairs"] for row in rows), **means}
+    return {"step": rows[-1]["step"], "train_pairs": sum(row["pairs"] for row in rows), **means}
 
 
 def finish_cell(model: str, cell: Cell | None, folder: Path) -> None:
@@ -178,7 +178,7 @@ def finish_cell(model: str, cell: Cell | None, folder: Path) -> None:
     started = time.process_time()
     run = folder / (cell.name if cell else BASE)
     run.mkdir(parents=True, exist_ok=True)
-    row: dict[str, Any] = asdict(cell) if cell else {"method": BASE}
+    row: dict[str, Any] = asdict(cell) if cell else {"method": BASE, "step": 0}
     if cell:
         train(model, cell, folder / "data" / f"{cell.part}-{cell.seed}.jsonl", run / "run")
         row |= trained_facts(run / "run")
