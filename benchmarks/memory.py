@@ -167,7 +167,7 @@ def measure(recipe: Recipe, pairs: PairList) -> tuple[int, int, int]:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from sampo_cli.methods import METHODS
+    from sampo_cli.method_table import METHODS
     from sampo_cli.model import load_policy
     from sampo_cli.trainer import Split, Trainer
 

@@ -11,7 +11,7 @@ from benchmarks.pairs import Silent
 from benchmarks.settings import recipe_of
 from sampo_cli import feed
 from sampo_cli.batch import Pair
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.model import load_policy
 from sampo_cli.trainer import Split, Trainer
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sampo_cli.config import Recipe, apply_settings
 from sampo_cli.errors import UsageError
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.plan import resolve_recipe
 
 UNSORTED = "no-length-sorting"

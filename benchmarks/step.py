@@ -25,7 +25,7 @@ from benchmarks.models import RANDOM_MODELS, random_model
 from benchmarks.settings import Settings, add_arguments, recipe_of, settings_of, variants_of
 from benchmarks.table import show
 from sampo_cli.errors import SampoError, UsageError
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.remote import fetch_model
 
 

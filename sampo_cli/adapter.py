@@ -1,7 +1,7 @@
 """A LoRA adapter as it lies in its folder, and what it does to one base weight.
 
 Reads PEFT's files and refuses what is more than plain LoRA: a merge could not honour it, and some of PEFT's settings
-import modules or read files by name. Knows no base model: which weight is whose is for `merge.py`.
+import modules or read files by name. Knows no base model: which weight is whose is for `merging.py`.
 
 Legend: r rank, I inputs of a layer, O its outputs.
 """

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sampo_cli.data import PairDataset
+from sampo_cli.dataset import PairDataset
 from sampo_cli.disk import whole_file
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.formats import Conversation, Role, Unusable, known_columns, read_row

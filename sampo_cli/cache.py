@@ -1,7 +1,7 @@
 """What sampo keeps because it can make it again: where it lies, what there is, and how to be rid of it.
 
-Two kinds: `pairs` (tokenized, `data.py`) and `reference` (log-probs per token, `reference.py`). Each entry is a folder
-that was finished under its name or is not there; what is unfinished starts with a dot.
+Two kinds: `pairs` (tokenized, `dataset.py`) and `reference` (log-probs per token, `reference.py`). Each entry is a
+folder that was finished under its name or is not there; what is unfinished starts with a dot.
 """
 
 from __future__ import annotations

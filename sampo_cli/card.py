@@ -129,7 +129,7 @@ def _usage(facts: Facts, repo: str | None) -> str:
 
 
 def _method(facts: Facts) -> str:
-    from sampo_cli.methods import METHODS
+    from sampo_cli.method_table import METHODS
 
     if facts.method not in METHODS:
         return ""

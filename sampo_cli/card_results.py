@@ -16,8 +16,8 @@ from sampo_cli.errors import ModelError
 from sampo_cli.fingerprint import read_json
 from sampo_cli.length_bias import BUCKETS
 from sampo_cli.plots import is_installed, png
-from sampo_cli.report import sections_of
 from sampo_cli.run_files import number_of, read_run, text_of
+from sampo_cli.run_report import sections_of
 
 _NAME = re.compile(r"[\w .:+,()-]{1,100}")
 """What a task, its title and its metric look like: no markup, no path."""

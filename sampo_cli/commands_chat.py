@@ -14,7 +14,7 @@ from sampo_cli.options import MODEL, RUN, Debug, Json, Quiet, Set, option
 from sampo_cli.trust import CONTROL
 
 if TYPE_CHECKING:
-    from sampo_cli.chat import Chat, Side, Write
+    from sampo_cli.dialogue import Chat, Side, Write
     from sampo_cli.generate import Decoding
     from sampo_cli.subject import Subject
 
@@ -55,7 +55,7 @@ def chat(
         raise UsageError("nothing to answer: the prompt is empty", hint='--prompt "...", or text on stdin')
     if as_json and asked is None:
         raise UsageError("--json answers one prompt", hint="give --prompt, or text on stdin")
-    from sampo_cli.chat import to_dict
+    from sampo_cli.dialogue import to_dict
     from sampo_cli.generate import Decoding
     from sampo_cli.subject import find_subject
 
@@ -71,7 +71,7 @@ def chat(
 
 
 def _start(found: Subject, decoding: Decoding, system: str | None) -> Chat:
-    from sampo_cli.chat import Chat
+    from sampo_cli.dialogue import Chat
     from sampo_cli.model import context_length
     from sampo_cli.subject import load_subject
     from sampo_cli.template import PairEncoder, load_tokenizer

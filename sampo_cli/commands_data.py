@@ -11,8 +11,8 @@ from sampo_cli import console
 from sampo_cli.options import DATA, Debug, Json, Quiet, Set, option, recipe_tree
 
 if TYPE_CHECKING:
-    from sampo_cli.data import PairDataset
     from sampo_cli.data_report import Summary
+    from sampo_cli.dataset import PairDataset
 
 cache = typer.Typer(help="What is kept to save time: tokenized pairs, references.", no_args_is_help=True)
 
@@ -87,7 +87,7 @@ def methods(
     debug: Debug = False,
 ) -> None:
     """List the methods that `train` knows: formula, reference, reduction, defaults, paper."""
-    from sampo_cli.methods import METHODS, find
+    from sampo_cli.method_table import METHODS, find
     from sampo_cli.tables import print_method, print_methods
 
     chosen = [find(name)] if name else list(METHODS.values())

@@ -51,8 +51,8 @@ def evaluate(
     """Measure a run or a model: pairs against the base, length bias, answers, benchmarks."""
     if suite == "":
         raise UsageError("--suite: no name", hint="sampo-paper, open-llm-leaderboard or tasks of lm-eval")
-    from sampo_cli.evaluate import Wanted
-    from sampo_cli.evaluate import evaluate as measure
+    from sampo_cli.eval_subject import Wanted
+    from sampo_cli.eval_subject import evaluate as measure
     from sampo_cli.generate import Decoding
     from sampo_cli.judge import check_judge
     from sampo_cli.subject import find_subject

@@ -36,7 +36,7 @@ def report(
 ) -> None:
     """Draw one page about one or several runs, and its figures as PNG files."""
     from sampo_cli.plots import check_plots
-    from sampo_cli.report import write_report
+    from sampo_cli.run_report import write_report
 
     place = output or folders[0] / "report"
     check_plots(place)

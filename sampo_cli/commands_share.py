@@ -24,7 +24,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its 16-bit base: a plain model for vLLM, llama.cpp, transformers."""
-    from sampo_cli.merge import merge as merge_adapter
+    from sampo_cli.merging import merge as merge_adapter
 
     result = merge_adapter(source, base=base, output=output, dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sampo_cli.batch import Pair
-from sampo_cli.data import PairDataset
+from sampo_cli.dataset import PairDataset
 from sampo_cli.label_bias import (
     GapHistogram,
     GapStep,

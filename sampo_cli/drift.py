@@ -200,7 +200,7 @@ def _pair_texts(recipe: Path, base: Path, count: int, context: int | None, trust
 
     With the base's tokenizer, as in the run, so that the pairs are found in the cache.
     """
-    from sampo_cli.data import prepare
+    from sampo_cli.dataset import prepare
     from sampo_cli.template import load_tokenizer
 
     config = validate(read_recipe(recipe))

@@ -21,7 +21,7 @@ from sampo_cli.budget import START_TOKENS, largest_that_fits
 from sampo_cli.config import Recipe
 from sampo_cli.errors import NumericsError
 from sampo_cli.losses import LossOutput, PairScores, add_likelihood
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.policy import Policy, score_against_reference
 from sampo_cli.sampling import POLICY, REFERENCE, Reduction
 from sampo_cli.scores import pair_scores

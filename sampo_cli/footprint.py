@@ -20,7 +20,7 @@ from sampo_cli.batch import Draw, Layout, Pair, PairBatch, collate
 from sampo_cli.config import Recipe
 from sampo_cli.errors import ModelError
 from sampo_cli.ledger import UNPACKED, Ledger
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.optim import SMALLEST_8BIT, optimizer_name
 from sampo_cli.pair_attention import LEAST_POSITIONS, Bounds, row_bounds
 from sampo_cli.pair_attention import NAME as IN_PIECES

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sampo_cli.data import PairDataset
+from sampo_cli.dataset import PairDataset
 from sampo_cli.policy import Policy
 from sampo_cli.reference import adapter_digest
 

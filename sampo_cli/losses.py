@@ -1,7 +1,7 @@
 """Pair scores in, losses out: pure functions of tensors and floats.
 
 No config, no device, no sampling: a reduction has already turned each response's token log-probs into one number. What
-a method is beside its loss (reduction, defaults, paper) stands in `methods.py`.
+a method is beside its loss (reduction, defaults, paper) stands in `method_table.py`.
 
 Legend: B pairs. c and r are the policy-minus-reference scores of the chosen and of the rejected response, w and l the
 policy's scores alone. Rewards carry no gradient; their difference is the margin.

@@ -1,6 +1,6 @@
 """A recipe's `method` section against its method: what has no meaning is refused, what is far from usual is named.
 
-The table is in `methods.py`. Nothing here prints.
+The table is in `method_table.py`. Nothing here prints.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sampo_cli.errors import UsageError
-from sampo_cli.methods import METHODS, Method
+from sampo_cli.method_table import METHODS, Method
 
 OPTIONS = ("gamma", "label_smoothing", "dpop_weight", "length_weight", "kl_weight")
 """Keys that only some losses take. Elsewhere they are refused: a key that is ignored looks like one that works."""

@@ -9,7 +9,7 @@ from torch import nn
 from sampo_cli.batch import Draw, PairBatch
 from sampo_cli.config import Recipe
 from sampo_cli.losses import LossOutput, PairScores, add_likelihood
-from sampo_cli.methods import Method
+from sampo_cli.method_table import Method
 from sampo_cli.policy import reference, score_against_reference
 from sampo_cli.running import RewardMemory
 from sampo_cli.scores import TokenScores, pair_scores

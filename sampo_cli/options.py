@@ -51,7 +51,7 @@ Debug = Annotated[bool, option("--debug", "Show the traceback of an error.", RUN
 def recipe_tree(recipe: str | None, flags: Mapping[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
     """The recipe file, overwritten by the flags that were given, overwritten by --set."""
     from sampo_cli.config import apply_settings, put
-    from sampo_cli.recipes import load_recipe
+    from sampo_cli.recipe_files import load_recipe
 
     tree = load_recipe(recipe, settings or ()) if recipe else {}
     for flag, value in flags.items():

@@ -2,7 +2,7 @@
 
 A store is two flat files, so it is written as rows come and memory-mapped afterwards: `tokens.bin` holds the pairs'
 prompt, chosen and rejected ids one after the other, `index.bin` a record for each pair. Where a store lies and when
-it is built is decided in `data.py`.
+it is built is decided in `dataset.py`.
 """
 
 from __future__ import annotations

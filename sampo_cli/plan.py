@@ -21,15 +21,15 @@ from sampo_cli import checkpoint, early_stopping
 from sampo_cli.answers import Prompt, find_prompts
 from sampo_cli.batch import Draw
 from sampo_cli.config import Recipe, resolve, validate
-from sampo_cli.data import PairDataset, prepare, split
 from sampo_cli.data_report import Token, token_view
+from sampo_cli.dataset import PairDataset, prepare, split
 from sampo_cli.disk import expanded
 from sampo_cli.early_stopping import kind_of
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.journal import METRICS_FILE, TEXTS_FILE
 from sampo_cli.lock import LOCK, refuse_held
 from sampo_cli.method_checks import check, refuse
-from sampo_cli.methods import METHODS, Method, find
+from sampo_cli.method_table import METHODS, Method, find
 from sampo_cli.model import context_length, load_config
 from sampo_cli.prompts import prompt_texts
 from sampo_cli.remote import fetch_model

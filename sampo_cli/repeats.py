@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sampo_cli.batch import TokenIds
-from sampo_cli.data import PairDataset
+from sampo_cli.dataset import PairDataset
 
 NEAR = 0.5
 """Responses that are at least this similar are nearly identical: about every eighth token may differ."""

@@ -14,7 +14,7 @@ from sampo_cli.adapter import CONFIG_FILE, read_record, read_settings
 from sampo_cli.config import Recipe, apply_settings, put, read_recipe
 from sampo_cli.errors import ModelError, UsageError
 from sampo_cli.lora import ADAPTER_FILES
-from sampo_cli.merge import resolve_adapter
+from sampo_cli.merging import resolve_adapter
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.remote import fetch, local_folder
 from sampo_cli.trust import check_consent

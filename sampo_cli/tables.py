@@ -16,7 +16,7 @@ from sampo_cli.data_report import Summary, Token
 from sampo_cli.formats import printable
 from sampo_cli.hub import PushPlan
 from sampo_cli.label_bias import LabelBias
-from sampo_cli.methods import Method
+from sampo_cli.method_table import Method
 
 BAR = 24
 STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}

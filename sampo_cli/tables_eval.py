@@ -11,7 +11,7 @@ from rich.table import Table
 from sampo_cli.console import stdout
 from sampo_cli.estimate import Estimate
 from sampo_cli.eval_generate import GenerationReport
-from sampo_cli.evaluate import Evaluation
+from sampo_cli.eval_subject import Evaluation
 from sampo_cli.formats import printable
 from sampo_cli.length_bias import BUCKETS
 from sampo_cli.pair_report import PairReport

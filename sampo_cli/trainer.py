@@ -30,7 +30,7 @@ from sampo_cli.feed import Feed, Split
 from sampo_cli.journal import Journal, View
 from sampo_cli.lora import adopt_reference
 from sampo_cli.losses import LossOutput, PairScores
-from sampo_cli.methods import Method
+from sampo_cli.method_table import Method
 from sampo_cli.objective import Objective
 from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
 from sampo_cli.policy import Policy

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sampo_cli.batch import FORWARD_COST, Layout, Pair, epoch_order, row_positions, steps_per_epoch
 from sampo_cli.config import MethodConfig, Recipe
-from sampo_cli.data import PairDataset
+from sampo_cli.dataset import PairDataset
 from sampo_cli.rounds import Schedule
 
 Counts = NDArray[np.int64]

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from sampo_cli import console
 from sampo_cli.checkpoint import all_checkpoints, whole_folder
-from sampo_cli.recipes import recipes_folder
+from sampo_cli.recipe_files import recipes_folder
 
 if TYPE_CHECKING:
     from sampo_cli.generate import Answer

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sampo_cli.methods import METHODS, Method
+from sampo_cli.method_table import METHODS, Method
 from scripts.make_reference import code, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
 HEADER = """# Methods
 
-<!-- Written by scripts/make_methods.py. Do not edit: change sampo_cli/methods.py, then run the script. -->
+<!-- Written by scripts/make_methods.py. Do not edit: change sampo_cli/method_table.py, then run the script. -->
 
 A method is a loss with a reduction and defaults. `sampo` is `dpo` on down-sampled responses; `dpo-sft` and `cpo-simpo`
 are `dpo` and `simpo` with a likelihood term. The loss of a step is the mean over its pairs. Defaults apply where recipe

@@ -16,7 +16,7 @@ from sampo_cli.cli import app
 from sampo_cli.config import Recipe
 from sampo_cli.early_stopping import AIMS
 from sampo_cli.errors import ExitCode, SampoError
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.options import FLAGS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"

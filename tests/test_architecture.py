@@ -34,12 +34,12 @@ def test_no_file_imports_one_below_it_in_the_house() -> None:
 
 
 def test_the_commands_meet_the_trainer_only_through_files() -> None:
-    for module in ("merge", "merge_plan", "merge_write", "drift", "hub", "upload", "card", "console", "data_report"):
+    for module in ("merging", "merge_plan", "merge_write", "drift", "hub", "upload", "card", "console", "data_report"):
         assert not imported(module) & {"trainer", "run", "plan"}, module
 
 
 def test_losses_and_sampling_know_no_config() -> None:
-    for module in ("losses", "methods", "running", "sampling", "scores", "logprobs", "policy", "batch"):
+    for module in ("losses", "method_table", "running", "sampling", "scores", "logprobs", "policy", "batch"):
         assert "config" not in imported(module), module
 
 

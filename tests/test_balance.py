@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sampo_cli.balance import check_target, mirrored, write_balanced
 from sampo_cli.config import DataConfig
-from sampo_cli.data import PairDataset, prepare
+from sampo_cli.dataset import PairDataset, prepare
 from sampo_cli.errors import DataError, UsageError
 from tests import tiny
 

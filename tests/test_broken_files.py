@@ -25,8 +25,8 @@ import pyarrow.parquet
 import pytest
 
 from sampo_cli.config import DataConfig
-from sampo_cli.data import PairDataset, prepare
 from sampo_cli.datafile import digest
+from sampo_cli.dataset import PairDataset, prepare
 from sampo_cli.errors import DataError, ExitCode
 from sampo_cli.readers import read_rows
 from sampo_cli.sources import find
@@ -293,7 +293,7 @@ def write(path: Path) -> Path:
 WORKER = """
 import sys
 from sampo_cli.config import DataConfig
-from sampo_cli.data import prepare
+from sampo_cli.dataset import prepare
 from tests import tiny
 dataset = prepare(DataConfig(sources=[sys.argv[1]]), tiny.make_tokenizer())
 print(len(dataset))

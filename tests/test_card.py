@@ -15,7 +15,7 @@ from sampo_cli.card import model_card
 from sampo_cli.card_facts import hub_id
 from sampo_cli.card_results import Plot
 from sampo_cli.errors import ModelError
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 
 BASE = "meta-llama/Meta-Llama-3-8B-Instruct"
 COMMIT = "8afb486c1db24fe5011ec46dfbe5b5dccdb575c2"

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from sampo_cli.chat import Chat
 from sampo_cli.commands_chat import _fit_to_show
+from sampo_cli.dialogue import Chat
 from sampo_cli.errors import ExitCode, UsageError
 from sampo_cli.generate import Decoding, answer
 from sampo_cli.model import context_length

@@ -269,7 +269,7 @@ def test_tensorboard_gets_the_rows(tiny_llama: Path, pairs_file: Path, tmp_path:
 
 
 def test_methods_are_listed_and_shown() -> None:
-    from sampo_cli.methods import METHODS
+    from sampo_cli.method_table import METHODS
 
     listed = succeeds("methods").stdout
     assert all(name in listed for name in METHODS)

@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sampo_cli.config import DataConfig
-from sampo_cli.data import PairDataset, cache_folder, prepare, split
+from sampo_cli.dataset import PairDataset, cache_folder, prepare, split
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.pair_builder import CHUNK_ROWS, truncate
 from sampo_cli.template import Encoded
@@ -266,7 +266,7 @@ def test_chunks_do_not_show(tmp_path: Path, tokenizer: Any) -> None:
 PEAK = """
 import resource, sys
 from sampo_cli.config import DataConfig
-from sampo_cli.data import prepare
+from sampo_cli.dataset import prepare
 from tests import tiny
 tokenizer = tiny.make_tokenizer()
 prepare(DataConfig(sources=[sys.argv[1]]), tokenizer)

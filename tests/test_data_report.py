@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from sampo_cli.batch import Pair
 from sampo_cli.config import DataConfig
-from sampo_cli.data import PairDataset, prepare
 from sampo_cli.data_report import Lengths, summarise, token_view
+from sampo_cli.dataset import PairDataset, prepare
 from sampo_cli.repeats import Repeats
 from sampo_cli.template import PLAIN_TEMPLATE
 from tests import tiny

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from sampo_cli.config import validate
-from sampo_cli.data import prepare
+from sampo_cli.dataset import prepare
 from sampo_cli.fingerprint import weights_fingerprint
-from sampo_cli.merge import merge
+from sampo_cli.merging import merge
 from sampo_cli.template import load_tokenizer
 from tests.merge_models import save_adapter, save_base
 from tests.tiny import CONFIGS, SIZES

@@ -15,7 +15,7 @@ from sampo_cli.evaluation import Evaluation
 from sampo_cli.feed import Feed
 from sampo_cli.length_bias import BUCKETS
 from sampo_cli.losses import dpo
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.metrics import numbers, read
 from sampo_cli.policy import reference
 from sampo_cli.scores import Tally, TokenScores, pair_scores

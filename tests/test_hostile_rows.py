@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sampo_cli.config import DataConfig
-from sampo_cli.data import PairDataset, prepare
+from sampo_cli.dataset import PairDataset, prepare
 from sampo_cli.errors import DataError
 from sampo_cli.formats import Conversation, Unusable
 from sampo_cli.template import PairEncoder

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sampo_cli.config import DataConfig, ModelConfig
-from sampo_cli.data import prepare
+from sampo_cli.dataset import prepare
 from sampo_cli.errors import ExitCode, ModelError
 from sampo_cli.formats import Conversation, Unusable
 from sampo_cli.template import Encoded, PairEncoder, load_tokenizer
@@ -303,7 +303,7 @@ def test_nothing_else_renders_templates() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 used = any(name.split(".")[0] in ("jinja2", "mako", "chevron") for name in names)
-                assert used <= (path.name == "report.py"), path.name
+                assert used <= (path.name == "run_report.py"), path.name
             if isinstance(node, ast.Attribute) and node.attr == "apply_chat_template":
                 callers.add(path.stem)
     assert callers == {"template", "generate"}

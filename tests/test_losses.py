@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sampo_cli.losses import LossOutput, PairScores, add_likelihood
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.sampling import pair_generator, pair_weights
 
 

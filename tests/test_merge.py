@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma3Config, L
 
 from sampo_cli.adapter import LoraLayer
 from sampo_cli.fingerprint import read_header
-from sampo_cli.merge import merge
+from sampo_cli.merging import merge
 from tests.merge_models import largest_difference, loaded, peft_merged, save_adapter, save_base
 from tests.tiny import CONFIGS, SIZES
 
@@ -188,7 +188,7 @@ PEAK = """
 import sys, peft, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from sampo_cli.merge import merge
+from sampo_cli.merging import merge
 from sampo_cli.template import load_tokenizer
 
 def memory(kind):

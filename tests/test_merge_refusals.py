@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sampo_cli.errors import ModelError, NumericsError, SampoError, UsageError
 from sampo_cli.fingerprint import weights_fingerprint
-from sampo_cli.merge import merge, resolve_adapter
+from sampo_cli.merging import merge, resolve_adapter
 from tests.merge_models import loaded, save_adapter, save_base
 from tests.tiny import CONFIGS
 

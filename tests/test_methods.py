@@ -10,7 +10,7 @@ import pytest
 from sampo_cli.config import MethodConfig, Recipe
 from sampo_cli.errors import UsageError
 from sampo_cli.method_checks import DRAWING, OPTIONS, check
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.sampling import Reduction
 from scripts import make_methods

@@ -16,7 +16,7 @@ from sampo_cli import reference as references
 from sampo_cli.batch import Pair
 from sampo_cli.cache import lock
 from sampo_cli.errors import Interrupted, UsageError
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.reference import ReferenceCache, find_or_build, key_parts
 from sampo_cli.signals import StopRequest
 from sampo_cli.trainer import Trainer

@@ -12,7 +12,7 @@ import pytest
 
 from sampo_cli import repeats
 from sampo_cli.config import DataConfig
-from sampo_cli.data import PairDataset, prepare
+from sampo_cli.dataset import PairDataset, prepare
 from sampo_cli.pair_builder import INDEX, Counts
 from sampo_cli.repeats import Repeats, find_repeats, similarity
 from tests import tiny

@@ -14,8 +14,8 @@ from sampo_cli.charts import Curve, curves, scatter, smoothed, svg
 from sampo_cli.errors import UsageError
 from sampo_cli.length_bias import BUCKETS
 from sampo_cli.lock import held
-from sampo_cli.report import differences, overview, sections_of, write_report
 from sampo_cli.run_files import find_runs, headline, read_run
+from sampo_cli.run_report import differences, overview, sections_of, write_report
 
 EVIL = '<script>alert(1)</script> $x_1$ & "q" \' {{ 7 * 7 }}'
 

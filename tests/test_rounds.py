@@ -14,7 +14,7 @@ from sampo_cli import checkpoint
 from sampo_cli.config import IterationsConfig
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.lora import save_adapter
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.policy import reference
 from sampo_cli.rounds import round_parts
 from sampo_cli.signals import StopRequest

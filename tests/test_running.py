@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.running import RewardMemory, RunningMean
 
 STEPS = [(0.4, -0.2, 4), (1.0, 0.6, 4), (-0.5, -0.9, 2)]

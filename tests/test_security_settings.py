@@ -12,7 +12,7 @@ from sampo_cli.adapter import read_adapter
 from sampo_cli.config import DataConfig, LoraSection, ModelConfig, validate
 from sampo_cli.errors import DataError, ExitCode, HubError, ModelError
 from sampo_cli.lora import adopt_reference
-from sampo_cli.merge import merge
+from sampo_cli.merging import merge
 from sampo_cli.model import load_policy
 from sampo_cli.plain_yaml import parse_yaml
 from sampo_cli.plan import new_folder

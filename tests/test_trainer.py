@@ -18,7 +18,7 @@ from sampo_cli.batch import Pair
 from sampo_cli.config import Recipe
 from sampo_cli.errors import Interrupted, NumericsError, UsageError
 from sampo_cli.feed import Split
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.model import load_policy
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.signals import StopRequest

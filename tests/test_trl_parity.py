@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from sampo_cli.losses import PairScores
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from tests import tiny
 from tests.test_trainer import make_pairs, make_recipe, make_trainer
 

@@ -119,7 +119,7 @@ def _warm_up() -> None:
     import datasets  # noqa: F401
     import torch
 
-    from sampo_cli import card, cli, commands_train, dry_run, merge, run  # noqa: F401
+    from sampo_cli import card, cli, commands_train, dry_run, merging, run  # noqa: F401
     from sampo_cli.config import LoraSection, ModelConfig
     from sampo_cli.model import load_policy
     from tests import tiny

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sampo_cli.config import Recipe
-from sampo_cli.data import PairDataset, prepare, split
+from sampo_cli.dataset import PairDataset, prepare, split
 from sampo_cli.disk import expanded, write_text
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.eval_generate import GenerationReport
