@@ -29,7 +29,7 @@ from sampo_cli.checkpoint import all_checkpoints
 from sampo_cli.disk import write_text
 
 if TYPE_CHECKING:
-    from sampo_cli.data import PairDataset
+    from sampo_cli.dataset import PairDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "experiments" / "length.jsonl"
@@ -85,7 +85,7 @@ def all_cells() -> list[Cell]:
 
 def tokenized(model: str, path: Path) -> PairDataset:
     from sampo_cli.config import DataConfig, ModelConfig
-    from sampo_cli.data import prepare
+    from sampo_cli.dataset import prepare
     from sampo_cli.template import load_tokenizer
 
     data = DataConfig(sources=[str(path)])
@@ -140,7 +140,7 @@ def train(model: str, cell: Cell, data: Path, run: Path) -> None:
 
 def measure(subject_name: str, held_out: Path, folder: Path) -> dict[str, Any]:
     """`sampo eval`'s numbers of an adapter on held-out pairs, and answers to their prompts; texts go to a file."""
-    from sampo_cli.evaluate import Wanted, evaluate
+    from sampo_cli.eval_subject import Wanted, evaluate
     from sampo_cli.generate import Decoding, complete
     from sampo_cli.subject import find_subject, load_subject
     from sampo_cli.template import load_tokenizer
