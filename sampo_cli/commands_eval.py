@@ -6,9 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import console
-from sampo_cli.errors import UsageError
-from sampo_cli.options import DATA, MODEL, RUN, Debug, Json, Quiet, Set, option
+from sampo_cli import api_models, console
+from sampo_cli.options import DATA, MODEL, RUN, Debug, Json, Quiet, Set, asked_for, option
 
 ANSWERS, BENCHMARKS = "Answers", "Benchmarks"
 
@@ -49,28 +48,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a run or a model: pairs against the base, length bias, answers, benchmarks."""
-    if suite == "":
-        raise UsageError("--suite: no name", hint="sampo-paper, open-llm-leaderboard or tasks of lm-eval")
-    from sampo_cli.eval_subject import Wanted
-    from sampo_cli.eval_subject import evaluate as measure
-    from sampo_cli.generate import Decoding
-    from sampo_cli.judge import check_judge
-    from sampo_cli.subject import find_subject
-    from sampo_cli.suites import find_suite
-
-    found = find_subject(subject, adapter=adapter, data=data or (), quantization=quantization, settings=settings or ())
-    if judge:
-        check_judge(judge)
-    wanted = Wanted(
-        pairs=bool(data or generate) or not suite,
-        generate=generate,
-        decoding=Decoding(max_new_tokens, temperature, seed),
-        judge=judge,
-        suite=find_suite(suite) if suite else None,
-        limit=limit,
-    )
-    with console.run_view(quiet=quiet) as view:
-        done = measure(found, wanted, output, view.note)
+    done = api_models.evaluate(**asked_for(locals()))
     if as_json:
         console.print_json(done.to_dict())
     elif not quiet:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import console
+from sampo_cli import api_models, console
 from sampo_cli.options import RUN, Debug, Json, Quiet, option
 
 
@@ -24,9 +24,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its 16-bit base: a plain model for vLLM, llama.cpp, transformers."""
-    from sampo_cli.merging import merge as merge_adapter
-
-    result = merge_adapter(source, base=base, output=output, dtype=dtype, trust_remote_code=trust_remote_code)
+    result = api_models.merge(source, base=base, output=output, dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
         console.print_json(result.to_dict())
     elif not quiet:
@@ -44,17 +42,13 @@ def push_to_hub(
     debug: Debug = False,
 ) -> None:
     """Publish an adapter or a merged model with a card made from the run."""
-    from sampo_cli import hub, upload
+    from sampo_cli.hub import PushPlan
+    from sampo_cli.tables import print_push_plan
 
-    the_plan = hub.plan(source, repo=repo, merged=merged, public=public)
-    for warning in the_plan.warnings:
-        console.stderr.print(f"warning: {warning}", markup=False, soft_wrap=True)
-    result = the_plan if dry_run else upload.push(the_plan)
+    result = api_models.push_to_hub(source, repo=repo, merged=merged, public=public, dry_run=dry_run)
     if as_json:
         console.print_json(result.to_dict())
-    elif dry_run:
-        from sampo_cli.tables import print_push_plan
-
-        print_push_plan(the_plan)
+    elif isinstance(result, PushPlan):
+        print_push_plan(result)
     elif not quiet:
         console.print_facts("published", result.to_dict())

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Optional
 
-from sampo_cli import console
-from sampo_cli.errors import UsageError
-from sampo_cli.options import DATA, FLAGS, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, option, recipe_tree
+from sampo_cli import api_train, console
+from sampo_cli.options import DATA, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, asked_for, option
 
 
 def train(
@@ -52,28 +51,12 @@ def train(
 
     sampo train --model meta-llama/Meta-Llama-3-8B-Instruct --data Intel/orca_dpo_pairs --method sampo
     """
-    given = {name: value for name, value in locals().items() if name in FLAGS}
-    tree = recipe_tree(recipe, given, settings)
-    from sampo_cli import plan as plans
-    from sampo_cli import run as runs
-    from sampo_cli.dry_run import dry_run as plan_only
-    from sampo_cli.dry_run import parse_memory
-    from sampo_cli.tables import print_dry_run
-
-    if gpu_memory and not dry_run:
-        raise UsageError("--gpu-memory goes with --dry-run", hint="a run uses the device that is here")
-    memory = parse_memory(gpu_memory) if gpu_memory else None
-    if resume:
-        the_recipe, found = runs.resume(resume, tree)
-        folder = found.parent.parent
-    else:
-        the_recipe, found = plans.resolve_recipe(tree), None
-        folder = plans.new_folder(the_recipe)
-    with console.run_view(quiet=quiet) as view:
-        result = plan_only(the_recipe, view, folder, memory) if dry_run else runs.train(the_recipe, view, folder, found)
+    run = api_train.train(**asked_for(locals()))
     if as_json:
-        console.print_json(result)
+        console.print_json(run.to_dict())
     elif dry_run:
-        print_dry_run(result)
+        from sampo_cli.tables import print_dry_run
+
+        print_dry_run(run.summary)
     elif not quiet:
-        console.print_summary(result, folder)
+        console.print_summary(run.summary, run.folder)
