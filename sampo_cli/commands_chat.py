@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from sampo_cli import api_models, console
+from sampo_cli import api_models, completion, console
 from sampo_cli.api_models import SIDES
 from sampo_cli.errors import SampoError, UsageError, nearest
 from sampo_cli.options import MODEL, RUN, Debug, Json, Quiet, Set, option
@@ -29,10 +29,21 @@ HELP = {
 
 
 def chat(
-    subject: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.")],
-    adapter: Annotated[Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL)] = None,
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.", autocompletion=completion.runs)
+    ],
+    adapter: Annotated[
+        Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL, offers=completion.runs)
+    ] = None,
     quantization: Annotated[
-        Optional[str], option("--quantization", "Of the base, if not as trained.", MODEL, "nf4|int8|none")
+        Optional[str],
+        option(
+            "--quantization",
+            "Of the base, if not as trained.",
+            MODEL,
+            "nf4|int8|none",
+            completion.choices("model.quantization"),
+        ),
     ] = None,
     prompt: Annotated[Optional[str], option("--prompt", "Answer this and leave; - for stdin.", RUN, "TEXT")] = None,
     side: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import api_files, console
+from sampo_cli import api_files, completion, console
 from sampo_cli.options import DATA, Debug, Json, Quiet, Set, option
 
 cache = typer.Typer(help="What is kept to save time: tokenized pairs, references.", no_args_is_help=True)
@@ -47,7 +47,10 @@ def show_data(
 
 
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="Show one method with its citation.")] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Argument(help="Show one method with its citation.", autocompletion=completion.words(*completion.METHODS)),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -78,7 +81,8 @@ def list_cache(as_json: Json = False, debug: Debug = False) -> None:
 @cache.command("clear")
 def clear_cache(
     keys: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[KEY]...", help="Only entries whose keys begin so.")
+        Optional[list[str]],
+        typer.Argument(metavar="[KEY]...", help="Only entries whose keys begin so.", autocompletion=completion.cached),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -6,17 +6,28 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import api_models, console
+from sampo_cli import api_models, completion, console
 from sampo_cli.options import DATA, MODEL, RUN, Debug, Json, Quiet, Set, asked_for, option
 
 ANSWERS, BENCHMARKS = "Answers", "Benchmarks"
 
 
 def evaluate(
-    subject: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.")],
-    adapter: Annotated[Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL)] = None,
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.", autocompletion=completion.runs)
+    ],
+    adapter: Annotated[
+        Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL, offers=completion.runs)
+    ] = None,
     quantization: Annotated[
-        Optional[str], option("--quantization", "Of the base, if not as trained.", MODEL, "nf4|int8|none")
+        Optional[str],
+        option(
+            "--quantization",
+            "Of the base, if not as trained.",
+            MODEL,
+            "nf4|int8|none",
+            completion.choices("model.quantization"),
+        ),
     ] = None,
     data: Annotated[
         Optional[list[str]], option("--data", "Pairs, instead of the run's held-out ones; repeatable.", DATA)
@@ -39,7 +50,13 @@ def evaluate(
     ] = None,
     suite: Annotated[
         Optional[str],
-        option("--suite", "sampo-paper, open-llm-leaderboard or tasks of lm-eval.", BENCHMARKS, "NAME|TASK,TASK"),
+        option(
+            "--suite",
+            "sampo-paper, open-llm-leaderboard or tasks of lm-eval.",
+            BENCHMARKS,
+            "NAME|TASK,TASK",
+            completion.words("sampo-paper", "open-llm-leaderboard"),
+        ),
     ] = None,
     output: Annotated[Optional[str], option("--output", "Of the results; default: RUN/eval.", RUN, "DIR")] = None,
     settings: Set = None,

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import api_files, console
+from sampo_cli import api_files, completion, console
 from sampo_cli.options import RUN, Debug, Json, Quiet, option
 
 
@@ -27,7 +27,12 @@ def runs(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, shown over each other.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, shown over each other.", autocompletion=completion.runs
+        ),
+    ],
     output: Annotated[Optional[Path], option("--output", "Where to; the run's own report/ if not given.", RUN)] = None,
     quiet: Quiet = False,
     as_json: Json = False,

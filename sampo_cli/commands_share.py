@@ -7,15 +7,23 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import api_models, console
+from sampo_cli import api_models, completion, console
 from sampo_cli.options import RUN, Debug, Json, Quiet, option
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder or an adapter's.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|ADAPTER", help="A run's folder or an adapter's.", autocompletion=completion.runs),
+    ],
     base: Annotated[Optional[str], option("--base", "The 16-bit base, if not the recorded one.", RUN)] = None,
     output: Annotated[Optional[Path], option("--output", "Default: RUN/merged.", RUN, "DIR")] = None,
-    dtype: Annotated[str, option("--dtype", "bfloat16, float16 or float32.", RUN)] = "bfloat16",
+    dtype: Annotated[
+        str,
+        option(
+            "--dtype", "bfloat16, float16 or float32.", RUN, offers=completion.words("bfloat16", "float16", "float32")
+        ),
+    ] = "bfloat16",
     trust_remote_code: Annotated[
         bool, option("--trust-remote-code", "Run Python code that comes with the base.", RUN)
     ] = False,
@@ -32,7 +40,10 @@ def merge(
 
 
 def push_to_hub(
-    source: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a merged model.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a merged model.", autocompletion=completion.runs),
+    ],
     repo: Annotated[str, option("--repo", "Where to: user/name.", RUN)],
     merged: Annotated[bool, option("--merged", "The run's merged model instead of its adapter.", RUN)] = False,
     public: Annotated[bool, option("--public", "Visible to everybody; private otherwise.", RUN)] = False,

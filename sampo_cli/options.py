@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from sampo_cli import completion
+
 if TYPE_CHECKING:
     from sampo_cli.settings import Settings
 
@@ -38,13 +40,14 @@ FLAGS = {
 }
 
 
-def option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar)
+def option(name: str, text: str, panel: str, metavar: str | None = None, offers: Any = None) -> Any:
+    """An option; `offers` is one of `completion.py`."""
+    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, autocompletion=offers)
 
 
 Set = Annotated[
     Optional[list[str]],
-    option("--set", "Any other key of a recipe; repeatable.", RUN, "SECTION.KEY=VALUE"),
+    option("--set", "Any other key of a recipe; repeatable.", RUN, "SECTION.KEY=VALUE", completion.settings),
 ]
 Quiet = Annotated[bool, option("--quiet", "Only warnings and errors.", RUN)]
 Json = Annotated[bool, option("--json", "The result as JSON on stdout.", RUN)]
