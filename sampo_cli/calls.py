@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -28,7 +31,8 @@ def interface(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
     @functools.wraps(function)
     def called(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
-            return function(*args, **kwargs)
+            with _tamed():
+                return function(*args, **kwargs)
         except Exception as error:
             failure = known_failure(error)
             if failure is None or failure is error:
@@ -38,6 +42,21 @@ def interface(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
             _release()
 
     return called
+
+
+@contextmanager
+def _tamed() -> Iterator[None]:
+    """Inside, libraries do not warn of what only they can change."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in notebooks without widgets
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _release() -> None:

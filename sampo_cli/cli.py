@@ -6,11 +6,9 @@ Only this module exits. The commands parse and call one function each; what that
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -85,8 +83,6 @@ def _tame_libraries(*, debug: bool, bars: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

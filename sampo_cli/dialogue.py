@@ -53,8 +53,8 @@ class Chat:
         turns: what was said.
     """
 
-    policy: Policy
-    encoder: PairEncoder
+    policy: Policy = field(repr=False)
+    encoder: PairEncoder = field(repr=False)
     decoding: Decoding
     context: int | None
     has_adapter: bool

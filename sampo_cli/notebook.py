@@ -66,12 +66,12 @@ class Cell:
     def _content(self) -> dict[str, str]:
         """By media type: for notebooks, and for what shows text only."""
         notes = "\n".join(self._notes)
-        said = f'<div style="{NOTES}"><pre style="{FONT} white-space: pre-wrap;">{html.escape(notes)}</pre></div>'
-        curves, plain = _rendered(self._shown) if self._shown else ("", "")
-        return {
-            "text/html": f'<pre style="{FONT} white-space: pre; overflow-x: auto;">{curves}</pre>{said}',
-            "text/plain": f"{plain}{notes}",
-        }
+        page = f'<div style="{NOTES}"><pre style="{FONT} white-space: pre-wrap;">{html.escape(notes)}</pre></div>'
+        if self._shown:
+            curves, plain = _rendered(self._shown)
+            page = f'<pre style="{FONT} white-space: pre; overflow-x: auto;">{curves}</pre>{page}'
+            notes = plain + notes
+        return {"text/html": page, "text/plain": notes}
 
 
 def _rendered(shown: LiveView) -> tuple[str, str]:
