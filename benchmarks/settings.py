@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sampo_cli.config import Recipe, apply_settings
+from sampo_cli.config import Recipe
 from sampo_cli.errors import UsageError
 from sampo_cli.method_table import METHODS
 from sampo_cli.plan import resolve_recipe
+from sampo_cli.settings import apply_settings
 
 UNSORTED = "no-length-sorting"
 CHANGES: dict[str, tuple[str, ...]] = {

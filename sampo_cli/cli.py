@@ -6,12 +6,9 @@ Only this module exits. The commands parse and call one function each; what that
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -27,7 +24,7 @@ from sampo_cli import (
     commands_train,
     console,
 )
-from sampo_cli.errors import ExitCode, OutOfMemory, SampoError, is_out_of_memory
+from sampo_cli.errors import ExitCode, SampoError, known_failure
 from sampo_cli.secrets_scan import mask
 from sampo_cli.trust import CONTROL
 
@@ -66,16 +63,9 @@ def root(
     """Preference-tune a chat model with SamPO on one GPU, without making it verbose."""
 
 
-def _known_failure(error: BaseException) -> SampoError:
+def _failure(error: BaseException) -> SampoError:
     """The error to show for any exception that a command let through."""
-    if isinstance(error, SampoError):
-        return error
-    if is_out_of_memory(error):
-        hint = "lower train.tokens_per_microbatch or --max-length; the last checkpoint is usable"
-        return OutOfMemory("out of memory", hint=hint)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return SampoError(f"no space left on the disk: {error.filename or error}", hint="free some and --resume")
-    return SampoError(
+    return known_failure(error) or SampoError(
         f"unexpected {type(error).__name__}: {error}", hint="run again with --debug and report the traceback"
     )
 
@@ -93,8 +83,6 @@ def _tame_libraries(*, debug: bool, bars: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -108,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if "--debug" in words:
             sys.stderr.write(_fit_to_show(traceback.format_exc()))
-        failure = _known_failure(error)
+        failure = _failure(error)
         failure.message, failure.hint = _fit_to_show(failure.message), failure.hint and _fit_to_show(failure.hint)
         console.show_error(failure)
         sys.exit(failure.exit_code)

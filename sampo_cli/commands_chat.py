@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from sampo_cli import console
+from sampo_cli import api_models, completion, console
+from sampo_cli.api_models import SIDES
 from sampo_cli.errors import SampoError, UsageError, nearest
 from sampo_cli.options import MODEL, RUN, Debug, Json, Quiet, Set, option
 from sampo_cli.trust import CONTROL
 
 if TYPE_CHECKING:
     from sampo_cli.dialogue import Chat, Side, Write
-    from sampo_cli.generate import Decoding
-    from sampo_cli.subject import Subject
 
-SIDES: dict[str, tuple[Side, ...]] = {"adapter": ("adapter",), "base": ("base",), "both": ("adapter", "base")}
 HELP = {
     "/adapter": "answer with the adapter",
     "/base": "answer with the base alone",
@@ -31,10 +29,21 @@ HELP = {
 
 
 def chat(
-    subject: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.")],
-    adapter: Annotated[Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL)] = None,
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.", autocompletion=completion.runs)
+    ],
+    adapter: Annotated[
+        Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL, offers=completion.runs)
+    ] = None,
     quantization: Annotated[
-        Optional[str], option("--quantization", "Of the base, if not as trained.", MODEL, "nf4|int8|none")
+        Optional[str],
+        option(
+            "--quantization",
+            "Of the base, if not as trained.",
+            MODEL,
+            "nf4|int8|none",
+            completion.choices("model.quantization"),
+        ),
     ] = None,
     prompt: Annotated[Optional[str], option("--prompt", "Answer this and leave; - for stdin.", RUN, "TEXT")] = None,
     side: Annotated[
@@ -55,37 +64,30 @@ def chat(
         raise UsageError("nothing to answer: the prompt is empty", hint='--prompt "...", or text on stdin')
     if as_json and asked is None:
         raise UsageError("--json answers one prompt", hint="give --prompt, or text on stdin")
-    from sampo_cli.dialogue import to_dict
-    from sampo_cli.generate import Decoding
-    from sampo_cli.subject import find_subject
-
-    found = find_subject(subject, adapter=adapter, quantization=quantization, settings=settings or ())
-    side = side or ("adapter" if found.adapter else "base")
-    talk = _start(found, Decoding(max_new_tokens, temperature, seed), system)
+    talk = api_models.chat(
+        subject,
+        adapter=adapter,
+        quantization=quantization,
+        side=side,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        settings=settings,
+    )
     if asked is None:
-        _converse(talk, side, found.name)
+        _converse(talk)
     elif as_json:
-        console.print_json(to_dict(asked, talk.ask(asked, SIDES[side], lambda side: lambda text: None)))
+        from sampo_cli.dialogue import to_dict
+
+        console.print_json(to_dict(asked, talk.ask(asked)))
     else:
-        _answer(talk, asked, side, lengths=not quiet)
+        _answer(talk, asked, lengths=not quiet)
 
 
-def _start(found: Subject, decoding: Decoding, system: str | None) -> Chat:
-    from sampo_cli.dialogue import Chat
-    from sampo_cli.model import context_length
-    from sampo_cli.subject import load_subject
-    from sampo_cli.template import PairEncoder, load_tokenizer
-
-    tokenizer = load_tokenizer(found.recipe.model, found.recipe.data)
-    policy = load_subject(found)
-    context = context_length(policy.causal_lm.config)
-    encoder = PairEncoder(tokenizer, found.recipe.data.template_date)
-    return Chat(policy, encoder, decoding, context, found.adapter is not None, system)
-
-
-def _answer(talk: Chat, text: str, side: str, *, lengths: bool) -> None:
+def _answer(talk: Chat, text: str, *, lengths: bool) -> None:
     """Ask, and print answers as they come; with `lengths`, who says what and how long it was."""
-    sides = SIDES[side]
+    sides = talk.sides
 
     def write(one: Side) -> Write:
         if one != sides[0]:
@@ -94,7 +96,7 @@ def _answer(talk: Chat, text: str, side: str, *, lengths: bool) -> None:
             console.stdout.print(f"{one}:", style="bold")
         return lambda piece: console.stdout.out(_fit_to_show(piece), end="", highlight=False)
 
-    replies = talk.ask(text, sides, write)
+    replies = talk.ask(text, write=write)
     console.stdout.print()
     if lengths:
         said = ", ".join(f"{reply.side} {reply.tokens} tokens{'' if reply.ended else ', cut off'}" for reply in replies)
@@ -106,36 +108,41 @@ def _fit_to_show(piece: str) -> str:
     return "".join(character if character in "\n\t" else CONTROL.sub("�", character) for character in piece)
 
 
-def _converse(talk: Chat, side: str, name: str) -> None:
+def _converse(talk: Chat) -> None:
     """Turn after turn, until the end of the input."""
-    console.stderr.print(f"{name}: {side} answers. {', '.join(HELP)}", markup=False, style="dim")
+    console.stderr.print(f"{talk.name}: {_side(talk)} answers. {', '.join(HELP)}", markup=False, style="dim")
     while True:
         try:
-            line = console.stderr.input(f"[bold]{side}>[/] ").strip()
+            line = console.stderr.input(f"[bold]{_side(talk)}>[/] ").strip()
         except EOFError:
             return
         if line == "/quit":
             return
         try:
             if line.startswith("/"):
-                side = _command(talk, line, side)
+                _command(talk, line)
             elif line:
-                _answer(talk, line, side, lengths=True)
+                _answer(talk, line, lengths=True)
         except KeyboardInterrupt:
             console.stdout.print("\n(stopped; not part of the conversation)", style="dim")
         except SampoError as error:
             console.show_error(error)
 
 
-def _command(talk: Chat, line: str, side: str) -> str:
-    """Do what a line that begins with / says; who answers from now on."""
+def _side(talk: Chat) -> str:
+    """Who answers, as `--side` calls it."""
+    return "both" if len(talk.sides) > 1 else talk.sides[0]
+
+
+def _command(talk: Chat, line: str) -> None:
+    """Do what a line that begins with / says."""
     word, _, rest = line.partition(" ")
     rest = rest.strip()
     if word[1:] in SIDES:
         if word != "/base" and not talk.has_adapter:
             raise UsageError("there is no adapter: this is a base alone")
-        return word[1:]
-    if word == "/system":
+        talk.sides = SIDES[word[1:]]
+    elif word == "/system":
         talk.system = rest or None
         talk.reset()
     elif word == "/reset":
@@ -146,4 +153,3 @@ def _command(talk: Chat, line: str, side: str) -> str:
         console.print_facts("commands", HELP, console.stderr)
     else:
         raise UsageError(f"{word} is no command{nearest(word, [key.split()[0] for key in HELP])}", hint=" ".join(HELP))
-    return side

@@ -6,18 +6,28 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import console
-from sampo_cli.errors import UsageError
-from sampo_cli.options import DATA, MODEL, RUN, Debug, Json, Quiet, Set, option
+from sampo_cli import api_models, completion, console
+from sampo_cli.options import DATA, MODEL, RUN, Debug, Json, Quiet, Set, asked_for, option
 
 ANSWERS, BENCHMARKS = "Answers", "Benchmarks"
 
 
 def evaluate(
-    subject: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.")],
-    adapter: Annotated[Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL)] = None,
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.", autocompletion=completion.runs)
+    ],
+    adapter: Annotated[
+        Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL, offers=completion.runs)
+    ] = None,
     quantization: Annotated[
-        Optional[str], option("--quantization", "Of the base, if not as trained.", MODEL, "nf4|int8|none")
+        Optional[str],
+        option(
+            "--quantization",
+            "Of the base, if not as trained.",
+            MODEL,
+            "nf4|int8|none",
+            completion.choices("model.quantization"),
+        ),
     ] = None,
     data: Annotated[
         Optional[list[str]], option("--data", "Pairs, instead of the run's held-out ones; repeatable.", DATA)
@@ -40,7 +50,13 @@ def evaluate(
     ] = None,
     suite: Annotated[
         Optional[str],
-        option("--suite", "sampo-paper, open-llm-leaderboard or tasks of lm-eval.", BENCHMARKS, "NAME|TASK,TASK"),
+        option(
+            "--suite",
+            "sampo-paper, open-llm-leaderboard or tasks of lm-eval.",
+            BENCHMARKS,
+            "NAME|TASK,TASK",
+            completion.words("sampo-paper", "open-llm-leaderboard"),
+        ),
     ] = None,
     output: Annotated[Optional[str], option("--output", "Of the results; default: RUN/eval.", RUN, "DIR")] = None,
     settings: Set = None,
@@ -49,28 +65,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a run or a model: pairs against the base, length bias, answers, benchmarks."""
-    if suite == "":
-        raise UsageError("--suite: no name", hint="sampo-paper, open-llm-leaderboard or tasks of lm-eval")
-    from sampo_cli.eval_subject import Wanted
-    from sampo_cli.eval_subject import evaluate as measure
-    from sampo_cli.generate import Decoding
-    from sampo_cli.judge import check_judge
-    from sampo_cli.subject import find_subject
-    from sampo_cli.suites import find_suite
-
-    found = find_subject(subject, adapter=adapter, data=data or (), quantization=quantization, settings=settings or ())
-    if judge:
-        check_judge(judge)
-    wanted = Wanted(
-        pairs=bool(data or generate) or not suite,
-        generate=generate,
-        decoding=Decoding(max_new_tokens, temperature, seed),
-        judge=judge,
-        suite=find_suite(suite) if suite else None,
-        limit=limit,
-    )
-    with console.run_view(quiet=quiet) as view:
-        done = measure(found, wanted, output, view.note)
+    done = api_models.evaluate(**asked_for(locals()))
     if as_json:
         console.print_json(done.to_dict())
     elif not quiet:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import console
+from sampo_cli import api_files, completion, console
 from sampo_cli.options import RUN, Debug, Json, Quiet, option
 
 
@@ -17,10 +17,9 @@ def runs(
     debug: Debug = False,
 ) -> None:
     """List the runs in a folder: method, data, steps, what they reached, state."""
-    from sampo_cli.run_files import find_runs, headline
     from sampo_cli.tables_report import print_runs
 
-    found = [headline(run) for run in find_runs(folder)]
+    found = api_files.runs(folder)
     if as_json:
         console.print_json(found)
     else:
@@ -28,19 +27,19 @@ def runs(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, shown over each other.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, shown over each other.", autocompletion=completion.runs
+        ),
+    ],
     output: Annotated[Optional[Path], option("--output", "Where to; the run's own report/ if not given.", RUN)] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Draw one page about one or several runs, and its figures as PNG files."""
-    from sampo_cli.plots import check_plots
-    from sampo_cli.run_report import write_report
-
-    place = output or folders[0] / "report"
-    check_plots(place)
-    files = write_report(folders, place)
+    files = api_files.report(folders, output=output)
     if as_json:
         console.print_json([str(path) for path in files])
     elif not quiet:

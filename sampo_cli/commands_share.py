@@ -7,15 +7,23 @@ from typing import Annotated, Optional
 
 import typer
 
-from sampo_cli import console
+from sampo_cli import api_models, completion, console
 from sampo_cli.options import RUN, Debug, Json, Quiet, option
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run's folder or an adapter's.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|ADAPTER", help="A run's folder or an adapter's.", autocompletion=completion.runs),
+    ],
     base: Annotated[Optional[str], option("--base", "The 16-bit base, if not the recorded one.", RUN)] = None,
     output: Annotated[Optional[Path], option("--output", "Default: RUN/merged.", RUN, "DIR")] = None,
-    dtype: Annotated[str, option("--dtype", "bfloat16, float16 or float32.", RUN)] = "bfloat16",
+    dtype: Annotated[
+        str,
+        option(
+            "--dtype", "bfloat16, float16 or float32.", RUN, offers=completion.words("bfloat16", "float16", "float32")
+        ),
+    ] = "bfloat16",
     trust_remote_code: Annotated[
         bool, option("--trust-remote-code", "Run Python code that comes with the base.", RUN)
     ] = False,
@@ -24,9 +32,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its 16-bit base: a plain model for vLLM, llama.cpp, transformers."""
-    from sampo_cli.merging import merge as merge_adapter
-
-    result = merge_adapter(source, base=base, output=output, dtype=dtype, trust_remote_code=trust_remote_code)
+    result = api_models.merge(source, base=base, output=output, dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
         console.print_json(result.to_dict())
     elif not quiet:
@@ -34,7 +40,10 @@ def merge(
 
 
 def push_to_hub(
-    source: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a merged model.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a merged model.", autocompletion=completion.runs),
+    ],
     repo: Annotated[str, option("--repo", "Where to: user/name.", RUN)],
     merged: Annotated[bool, option("--merged", "The run's merged model instead of its adapter.", RUN)] = False,
     public: Annotated[bool, option("--public", "Visible to everybody; private otherwise.", RUN)] = False,
@@ -44,17 +53,13 @@ def push_to_hub(
     debug: Debug = False,
 ) -> None:
     """Publish an adapter or a merged model with a card made from the run."""
-    from sampo_cli import hub, upload
+    from sampo_cli.hub import PushPlan
+    from sampo_cli.tables import print_push_plan
 
-    the_plan = hub.plan(source, repo=repo, merged=merged, public=public)
-    for warning in the_plan.warnings:
-        console.stderr.print(f"warning: {warning}", markup=False, soft_wrap=True)
-    result = the_plan if dry_run else upload.push(the_plan)
+    result = api_models.push_to_hub(source, repo=repo, merged=merged, public=public, dry_run=dry_run)
     if as_json:
         console.print_json(result.to_dict())
-    elif dry_run:
-        from sampo_cli.tables import print_push_plan
-
-        print_push_plan(the_plan)
+    elif isinstance(result, PushPlan):
+        print_push_plan(result)
     elif not quiet:
         console.print_facts("published", result.to_dict())

@@ -5,20 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Optional
 
-from sampo_cli import console
-from sampo_cli.errors import UsageError
-from sampo_cli.options import DATA, FLAGS, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, option, recipe_tree
+from sampo_cli import api_train, completion, console
+from sampo_cli.options import DATA, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, asked_for, option
 
 
 def train(
-    recipe: Annotated[Optional[str], option("--recipe", "A shipped recipe or a YAML file.", RUN, "NAME|PATH")] = None,
+    recipe: Annotated[
+        Optional[str], option("--recipe", "A shipped recipe or a YAML file.", RUN, "NAME|PATH", completion.recipes)
+    ] = None,
     model: Annotated[Optional[str], option("--model", "Base model: a Hub name or a folder.", MODEL)] = None,
     data: Annotated[Optional[list[str]], option("--data", "Pairs: Hub name, file, folder; repeatable.", DATA)] = None,
     method: Annotated[
-        Optional[str], option("--method", "One of `sampo methods`; sampo if not given.", TRAINING)
+        Optional[str],
+        option(
+            "--method",
+            "One of `sampo methods`; sampo if not given.",
+            TRAINING,
+            offers=completion.words(*completion.METHODS),
+        ),
     ] = None,
     output: Annotated[Optional[str], option("--output", "The run's folder.", RUN, "DIR")] = None,
-    adapter: Annotated[Optional[str], option("--adapter", "Go on from this LoRA adapter.", MODEL)] = None,
+    adapter: Annotated[
+        Optional[str], option("--adapter", "Go on from this LoRA adapter.", MODEL, offers=completion.runs)
+    ] = None,
     iterations: Annotated[Optional[int], option("--iterations", "Rounds with a renewed reference.", TRAINING)] = None,
     epochs: Annotated[Optional[float], option("--epochs", "Passes over the pairs.", TRAINING)] = None,
     max_steps: Annotated[Optional[int], option("--max-steps", "Optimizer steps, instead of epochs.", TRAINING)] = None,
@@ -28,16 +37,31 @@ def train(
     max_length: Annotated[Optional[int], option("--max-length", "Tokens of prompt plus response.", DATA)] = None,
     lora_r: Annotated[Optional[int], option("--lora-r", "Rank of the adapter.", MODEL)] = None,
     lora_alpha: Annotated[Optional[int], option("--lora-alpha", "Scale of the adapter.", MODEL)] = None,
-    quantization: Annotated[Optional[str], option("--quantization", "Of the base.", MODEL, "nf4|int8|none")] = None,
+    quantization: Annotated[
+        Optional[str],
+        option("--quantization", "Of the base.", MODEL, "nf4|int8|none", completion.choices("model.quantization")),
+    ] = None,
     eval_fraction: Annotated[Optional[float], option("--eval-fraction", "Share of pairs held out.", DATA)] = None,
     save_every: Annotated[Optional[int], option("--save-every", "Steps between checkpoints.", RUN)] = None,
-    resume: Annotated[Optional[Path], option("--resume", "Go on with a run or from its checkpoint.", RUN)] = None,
+    resume: Annotated[
+        Optional[Path], option("--resume", "Go on with a run or from its checkpoint.", RUN, offers=completion.runs)
+    ] = None,
     seed: Annotated[Optional[int], option("--seed", "Of everything random.", TRAINING)] = None,
     report_to: Annotated[
-        Optional[list[str]], option("--report-to", "tensorboard, wandb; repeatable.", RUN, "TRACKER")
+        Optional[list[str]],
+        option(
+            "--report-to", "tensorboard, wandb; repeatable.", RUN, "TRACKER", completion.choices("output.report_to")
+        ),
     ] = None,
     cache_reference: Annotated[
-        Optional[str], option("--cache-reference", "Keep the reference's log-probs on disk.", TRAINING, "auto|on|off")
+        Optional[str],
+        option(
+            "--cache-reference",
+            "Keep the reference's log-probs on disk.",
+            TRAINING,
+            "auto|on|off",
+            completion.choices("train.cache_reference"),
+        ),
     ] = None,
     dry_run: Annotated[bool, option("--dry-run", "Say what would happen; load no weights.", RUN)] = False,
     gpu_memory: Annotated[
@@ -52,28 +76,12 @@ def train(
 
     sampo train --model meta-llama/Meta-Llama-3-8B-Instruct --data Intel/orca_dpo_pairs --method sampo
     """
-    given = {name: value for name, value in locals().items() if name in FLAGS}
-    tree = recipe_tree(recipe, given, settings)
-    from sampo_cli import plan as plans
-    from sampo_cli import run as runs
-    from sampo_cli.dry_run import dry_run as plan_only
-    from sampo_cli.dry_run import parse_memory
-    from sampo_cli.tables import print_dry_run
-
-    if gpu_memory and not dry_run:
-        raise UsageError("--gpu-memory goes with --dry-run", hint="a run uses the device that is here")
-    memory = parse_memory(gpu_memory) if gpu_memory else None
-    if resume:
-        the_recipe, found = runs.resume(resume, tree)
-        folder = found.parent.parent
-    else:
-        the_recipe, found = plans.resolve_recipe(tree), None
-        folder = plans.new_folder(the_recipe)
-    with console.run_view(quiet=quiet) as view:
-        result = plan_only(the_recipe, view, folder, memory) if dry_run else runs.train(the_recipe, view, folder, found)
+    run = api_train.train(**asked_for(locals()))
     if as_json:
-        console.print_json(result)
+        console.print_json(run.to_dict())
     elif dry_run:
-        print_dry_run(result)
+        from sampo_cli.tables import print_dry_run
+
+        print_dry_run(run.summary)
     elif not quiet:
-        console.print_summary(result, folder)
+        console.print_summary(run.summary, run.folder)

@@ -225,27 +225,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {key: {} if value is None else value for key, value in content.items()}
 
 
-def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
-    """Write `section.key=value` settings into `tree`; values are YAML."""
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not separator or not dot or not name:
-            raise UsageError(f"--set {setting}: expected section.key=value", hint="for example train.save_every=20")
-        put(tree, section, name, parse_yaml(value, f"--set {key}"))
-
-
-def put(tree: dict[str, Any], section: str, key: str, value: Any) -> None:
-    """Set one key of one section; a dotted key goes deeper (`columns.prompt`)."""
-    node = tree.setdefault(section, {})
-    *parents, last = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else node
-    if not isinstance(node, dict):
-        raise UsageError(f"'{section}' is not a section with keys in this recipe")
-    node[last] = value
-
-
 def validate(tree: Mapping[str, Any]) -> Recipe:
     """Check a whole tree and return the recipe, or raise one `UsageError` that lists every problem."""
     try:

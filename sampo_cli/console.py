@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -18,6 +18,7 @@ from rich.panel import Panel
 from sampo_cli.errors import Interrupted, SampoError
 from sampo_cli.live_view import LiveView
 from sampo_cli.metrics import read
+from sampo_cli.notebook import Cell
 
 
 class _Talk(Console):
@@ -38,6 +39,11 @@ stderr = _Talk(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 
 
+def say(text: str) -> None:
+    """A line of talk, never broken and never read as markup."""
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -50,9 +56,9 @@ def show_error(error: SampoError) -> None:
         hint = f"\n[dim]{escape(error.hint)}[/dim]" if error.hint else ""
         stderr.print(Panel(escape(error.message) + hint, title=title, title_align="left", border_style=style))
         return
-    stderr.print(f"{title}: {error.message}", markup=False, soft_wrap=True)
+    say(f"{title}: {error.message}")
     if error.hint:
-        stderr.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
+        say(f"hint: {error.hint}")
 
 
 def print_facts(title: str, facts: Mapping[str, Any], console: Console = stdout) -> None:
@@ -91,22 +97,52 @@ def generate_line(row: Mapping[str, Any]) -> str:
     )
 
 
+class Screen(Protocol):
+    """Where a live view is shown, and what is said beside it."""
+
+    def start(self, shown: LiveView) -> None: ...
+    def changed(self) -> None: ...
+    def note(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Terminal:
+    """The live view at the bottom of a terminal, drawn anew several times a second; notes scroll past above it."""
+
+    def __init__(self) -> None:
+        self.live: Live | None = None
+
+    def start(self, shown: LiveView) -> None:
+        self.live = Live(shown, console=stderr, transient=True)
+        self.live.start()
+
+    def changed(self) -> None:
+        """It is drawn anew anyway."""
+
+    def note(self, text: str) -> None:
+        say(text)
+
+    def stop(self) -> None:
+        if self.live:
+            self.live.stop()
+
+
 class RunView:
     """Progress of a training run, on stderr and in the run's `run.log`.
 
     Args:
         quiet: nothing on stderr but warnings; the log is written all the same.
-        live: `LiveView` instead of a line per step.
+        screen: for a live view instead of a line per step.
     """
 
-    def __init__(self, *, quiet: bool = False, live: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, screen: Screen | None = None) -> None:
         self.quiet = quiet
         self.steps = 0
         self._log: BinaryIO | None = None
         self._logs = True
         self._unlogged: list[str] = []
-        self._shown = LiveView() if live and not quiet else None
-        self._live = Live(self._shown, console=stderr, transient=True) if self._shown else None
+        self._screen = screen
+        self._shown = LiveView() if screen and not quiet else None
 
     def _write(self, line: str) -> None:
         if self._log is None:
@@ -121,7 +157,7 @@ class RunView:
     def note(self, text: str) -> None:
         self._write(text)
         if not self.quiet or text.startswith("warning"):
-            stderr.print(text, markup=False, soft_wrap=True)
+            (self._screen.note if self._screen else say)(text)
 
     def begin(self, folder: Path, steps: int, done: int) -> None:
         self.steps = steps
@@ -130,41 +166,49 @@ class RunView:
         for line in before:
             self._write(line)
         self.note(f"training {steps - done} steps into {folder}")
-        if self._shown and self._live:
+        if self._shown and self._screen:
             for row in read(folder / "metrics.jsonl"):
                 self._shown.add(row)
             self._shown.begin(steps, done)
-            self._live.start()
+            self._screen.start(self._shown)
 
     def train_row(self, row: Mapping[str, Any]) -> None:
         line = train_line(row, self.steps)
         self._write(line)
-        if self._shown:
-            self._shown.add(row)
-        elif not self.quiet:
-            stderr.print(line, markup=False, soft_wrap=True)
+        self._show(row)
+        if not self._screen and not self.quiet:
+            say(line)
 
     def eval_row(self, row: Mapping[str, Any]) -> None:
-        if self._shown:
-            self._shown.add(row)
+        self._show(row)
         self.note(eval_line(row))
 
     def generate_row(self, row: Mapping[str, Any]) -> None:
-        if self._shown:
-            self._shown.add(row)
+        self._show(row)
         self.note(generate_line(row))
 
+    def _show(self, row: Mapping[str, Any]) -> None:
+        if self._shown and self._screen:
+            self._shown.add(row)
+            self._screen.changed()
+
     def close(self) -> None:
-        if self._live:
-            self._live.stop()
+        if self._screen:
+            self._screen.stop()
         if self._log:
             self._log.close()
 
 
+def _screen() -> Screen | None:
+    if stderr.is_jupyter:
+        return Cell()
+    return Terminal() if stderr.is_terminal and not stderr.is_dumb_terminal else None
+
+
 @contextmanager
 def run_view(*, quiet: bool) -> Iterator[RunView]:
-    """The view that fits where stderr goes: live on a terminal, plain lines otherwise."""
-    view = RunView(quiet=quiet, live=stderr.is_terminal and not stderr.is_dumb_terminal)
+    """The view that fits where stderr goes: live on a terminal or in a notebook, plain lines otherwise."""
+    view = RunView(quiet=quiet, screen=_screen())
     try:
         yield view
     finally:

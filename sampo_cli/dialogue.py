@@ -23,6 +23,10 @@ Side = Literal["adapter", "base"]
 Write = Callable[[str], object]
 
 
+def _unheard(piece: str) -> None:
+    """Takes an answer that is read when it is whole."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer. `tokens` counts the end-of-turn token if the model reached it (`ended`)."""
@@ -42,25 +46,39 @@ class Chat:
         context: positions that the model was made for, None where unknown.
         has_adapter: the policy is a base with an adapter; without, there is only the base to talk to.
         system: a system turn before everything.
+        name: of what is talked with.
+
+    Attributes:
+        sides: who answers; the adapter if there is one.
+        turns: what was said.
     """
 
-    policy: Policy
-    encoder: PairEncoder
+    policy: Policy = field(repr=False)
+    encoder: PairEncoder = field(repr=False)
     decoding: Decoding
     context: int | None
     has_adapter: bool
     system: str | None = None
+    name: str = ""
+    sides: tuple[Side, ...] = field(init=False)
     turns: list[Message] = field(default_factory=list, init=False)
 
-    def ask(self, text: str, sides: Sequence[Side], write: Callable[[Side], Write]) -> list[Reply]:
+    def __post_init__(self) -> None:
+        self.sides = ("adapter",) if self.has_adapter else ("base",)
+
+    def ask(
+        self, text: str, sides: Sequence[Side] | None = None, write: Callable[[Side], Write] = lambda side: _unheard
+    ) -> list[Reply]:
         """The answers to one more question. The first side's goes into the conversation.
 
         Args:
+            sides: who answers, if not `self.sides`.
             write: gives for a side what takes its answer, piece by piece.
 
         Raises:
             UsageError: no such side, a template that refuses these turns, or no room left for an answer.
         """
+        sides = self.sides if sides is None else sides
         if "adapter" in sides and not self.has_adapter:
             raise UsageError("there is no adapter: this is a base alone", hint="give a run, or MODEL --adapter ADAPTER")
         before: list[Message] = [{"role": "system", "content": self.system}] if self.system else []

@@ -41,6 +41,8 @@ class SampoError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # for tracebacks
 
 
 class UsageError(SampoError):
@@ -99,6 +101,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     texts = ("can't allocate memory", "std::bad_alloc", "could not create a primitive")  # the last is oneDNN's
     return any(text in str(error) for text in texts)
+
+
+def known_failure(error: BaseException) -> SampoError | None:
+    """What an exception of another library means to a user, or None where that is not known."""
+    if isinstance(error, SampoError):
+        return error
+    if is_out_of_memory(error):
+        hint = "lower train.tokens_per_microbatch or --max-length; the last checkpoint is usable"
+        return OutOfMemory("out of memory", hint=hint)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return SampoError(f"no space left on the disk: {error.filename or error}", hint="free some and --resume")
+    return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

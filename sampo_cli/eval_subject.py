@@ -65,12 +65,12 @@ class Evaluation:
         folder: where the files are.
     """
 
-    subject: Subject
+    subject: Subject = field(repr=False)
     folder: Path
     data: str | None = None
     pairs: PairReport | None = None
     generation: GenerationReport | None = None
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list, repr=False)
     judge: dict[str, Any] | None = None
     suite: Suite | None = None
     results: list[Result] = field(default_factory=list)

@@ -6,7 +6,10 @@ Only safetensors are read. The adapters themselves are `lora.py`'s.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,9 +158,10 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     try:
         if config.quantization != "none":
             options["quantization_config"] = _quantization(config, architecture, dtype, device)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=config.trust_remote_code, **options
-        )
+        with _bars_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=config.trust_remote_code, **options
+            )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"no room on {device} for model '{config.name}'", hint="use --quantization nf4 or a smaller model"
@@ -177,6 +181,21 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
             hint="use --quantization none for this architecture",
         )
     return model.train()
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Inside, transformers draws no progress bars into files and notebooks."""
+    from transformers.utils import logging as progress
+
+    drawn = progress.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if drawn:
+        progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            progress.enable_progress_bar()
 
 
 def _use_training_kernels(model: nn.Module) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Optional
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+from sampo_cli import completion
+
+if TYPE_CHECKING:
+    from sampo_cli.settings import Settings
 
 MODEL, DATA, TRAINING, RUN = "Model", "Data", "Training", "Run"
 """Panels of the help pages."""
@@ -35,23 +40,33 @@ FLAGS = {
 }
 
 
-def option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar)
+def option(name: str, text: str, panel: str, metavar: str | None = None, offers: Any = None) -> Any:
+    """An option; `offers` is one of `completion.py`."""
+    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, autocompletion=offers)
 
 
 Set = Annotated[
     Optional[list[str]],
-    option("--set", "Any other key of a recipe; repeatable.", RUN, "SECTION.KEY=VALUE"),
+    option("--set", "Any other key of a recipe; repeatable.", RUN, "SECTION.KEY=VALUE", completion.settings),
 ]
 Quiet = Annotated[bool, option("--quiet", "Only warnings and errors.", RUN)]
 Json = Annotated[bool, option("--json", "The result as JSON on stdout.", RUN)]
 Debug = Annotated[bool, option("--debug", "Show the traceback of an error.", RUN)]
 
 
-def recipe_tree(recipe: str | None, flags: Mapping[str, Any], settings: Sequence[str] | None) -> dict[str, Any]:
+PRINTING = ("as_json", "debug")
+"""Parameters of commands that only decide what is printed."""
+
+
+def asked_for(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's arguments as its function takes them."""
+    return {name: value for name, value in arguments.items() if name not in PRINTING}
+
+
+def recipe_tree(recipe: str | None, flags: Mapping[str, Any], settings: Settings | None) -> dict[str, Any]:
     """The recipe file, overwritten by the flags that were given, overwritten by --set."""
-    from sampo_cli.config import apply_settings, put
     from sampo_cli.recipe_files import load_recipe
+    from sampo_cli.settings import apply_settings, put
 
     tree = load_recipe(recipe, settings or ()) if recipe else {}
     for flag, value in flags.items():

@@ -7,7 +7,7 @@ Legend: P pairs; gap: chosen minus rejected response tokens.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -70,8 +70,8 @@ class PairReport:
     beta: float | None
     method: str | None
     loss: Estimate | None
-    rewards: dict[str, Reward]
-    logps: dict[str, LogProbs]
+    rewards: dict[str, Reward] = field(repr=False)
+    logps: dict[str, LogProbs] = field(repr=False)
     kl: Estimate | None
 
     def to_dict(self) -> dict[str, Any]:

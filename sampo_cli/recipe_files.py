@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sampo_cli.config import read_recipe
 from sampo_cli.disk import expanded
 from sampo_cli.errors import UsageError, nearest
+from sampo_cli.settings import Settings, keys_of
 from sampo_cli.trust import check_consent
 
 PACKAGE = Path(__file__).resolve().parent
@@ -27,7 +27,7 @@ def shipped_recipes() -> dict[str, Path]:
     return dict(sorted((named | {path.parent.name: path for path in folder.glob("*/recipe.yaml")}).items()))
 
 
-def load_recipe(name: str, settings: Sequence[str] = ()) -> dict[str, Any]:
+def load_recipe(name: str, settings: Settings = ()) -> dict[str, Any]:
     """The tree of the recipe at a path or of that shipped name.
 
     A data source that lies beside the recipe file may be given by its bare name.
@@ -48,8 +48,7 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> dict[str, Any]:
             )
         path = known[name]
     tree = read_recipe(path)
-    said = {setting.partition("=")[0].strip() for setting in settings}
-    check_consent(tree, f"recipe {path}", given="model.trust_remote_code" in said)
+    check_consent(tree, f"recipe {path}", given="model.trust_remote_code" in keys_of(settings))
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("sources"), list):
         data["sources"] = [_beside(path, source) for source in data["sources"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,10 +63,13 @@ def resume_command(folder: Path) -> str:
 def stop_requests(announce: Callable[[], object] = lambda: None) -> Iterator[StopRequest]:
     """Catch `SIGNALS` inside; the handlers that were there come back afterwards.
 
-    One that is ignored already stays so: `nohup` and shells that put a command into the background ask for that.
+    One that is ignored already stays so: `nohup` and shells that put a command into the background ask for that. So
+    does one that a program around this handles outside Python. In another thread than the main one nothing is caught:
+    Python gives signals to that one.
     """
     request = StopRequest(announce)
-    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    mine = threading.current_thread() is threading.main_thread()
+    caught = [number for number in SIGNALS if mine and signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, request) for number in caught}
     try:
         yield request

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sampo_cli.adapter import CONFIG_FILE, read_record, read_settings
-from sampo_cli.config import Recipe, apply_settings, put, read_recipe
+from sampo_cli.config import Recipe, read_recipe
 from sampo_cli.errors import ModelError, UsageError
 from sampo_cli.lora import ADAPTER_FILES
 from sampo_cli.merging import resolve_adapter
 from sampo_cli.plan import resolve_recipe
 from sampo_cli.remote import fetch, local_folder
+from sampo_cli.settings import Settings, apply_settings, keys_of, put
 from sampo_cli.trust import check_consent
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def find_subject(
     adapter: str | None = None,
     data: Sequence[str] = (),
     quantization: str | None = None,
-    settings: Sequence[str] = (),
+    settings: Settings = (),
 ) -> Subject:
     """Find a run, an adapter or a model.
 
@@ -104,18 +105,17 @@ def _adapter_folder(name: str) -> Path | None:
     return None if is_model else resolve_adapter(folder)
 
 
-def _tree(run: Path | None, adapter: Path | None, settings: Sequence[str]) -> dict[str, Any]:
+def _tree(run: Path | None, adapter: Path | None, settings: Settings) -> dict[str, Any]:
     """A recipe's tree: the run's, one with what the adapter's files say of its base, or one for a model as it is."""
     if run:
         return _run_tree(run, settings)
     return _adapter_tree(adapter) if adapter else {"model": {"quantization": "none"}}
 
 
-def _run_tree(run: Path, settings: Sequence[str]) -> dict[str, Any]:
+def _run_tree(run: Path, settings: Settings) -> dict[str, Any]:
     path = run / "recipe.yaml"
     tree = read_recipe(path)
-    said = {setting.partition("=")[0].strip() for setting in settings}
-    check_consent(tree, path, given="model.trust_remote_code" in said)
+    check_consent(tree, path, given="model.trust_remote_code" in keys_of(settings))
     model = tree.get("model")
     if not isinstance(model, dict):
         raise UsageError(f"{path}: no model section", hint="give the base with MODEL --adapter ADAPTER")

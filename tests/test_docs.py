@@ -19,12 +19,13 @@ import typer.main
 
 from sampo_cli import cli, formats, metrics, options
 from sampo_cli import run as runs
-from sampo_cli.config import Recipe, apply_settings, parse_yaml, put
+from sampo_cli.config import Recipe, parse_yaml
 from sampo_cli.console import RunView
 from sampo_cli.method_table import METHODS
 from sampo_cli.plan import new_folder, resolve_recipe
 from sampo_cli.recipe_files import load_recipe, shipped_recipes
 from sampo_cli.remote import is_path_like
+from sampo_cli.settings import apply_settings, put
 from scripts import make_reference, make_reliability
 from tests import tiny
 

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from sampo_cli import console
-from sampo_cli.console import RunView, eval_line, generate_line
+from sampo_cli.console import RunView, Terminal, eval_line, generate_line
 from sampo_cli.live_view import LiveView, curve
 from scripts import make_screenshot
 
@@ -168,7 +168,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
 
 
 def test_log_lines_go_above_the_view_and_resizes_leave_one_view(terminal: Console, tmp_path: Path) -> None:
-    view = RunView(live=True)
+    view = RunView(screen=Terminal())
     view.begin(tmp_path, 100, 0)
     for step in range(1, 6):
         view.train_row(train_row(step))
@@ -178,7 +178,7 @@ def test_log_lines_go_above_the_view_and_resizes_leave_one_view(terminal: Consol
     terminal.width = 60
     view.generate_row(generate_row(5))
     view.train_row(train_row(6))
-    view._live.refresh()  # type: ignore[union-attr]
+    view._screen.live.refresh()  # type: ignore[union-attr]
     screen = Screen()
     screen.feed(terminal.file.getvalue())  # type: ignore[attr-defined]
     shown = screen.shown()
@@ -198,7 +198,7 @@ def test_log_lines_go_above_the_view_and_resizes_leave_one_view(terminal: Consol
 def test_a_resumed_run_shows_its_past(terminal: Console, tmp_path: Path) -> None:
     rows = [train_row(1), train_row(2), eval_row(2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    view = RunView(live=True)
+    view = RunView(screen=Terminal())
     view.begin(tmp_path, 10, 2)
     view.close()
     assert "step 2/10" in terminal.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,89 @@
+"""What every function of the Python interface does around its work. The command line calls the same functions."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from sampo_cli.errors import UsageError, known_failure
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+Place = str | Path
+"""A file, a folder or a name on the Hub."""
+
+
+def interface(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function of the interface: failures that are known are a `SampoError`, and models that it loaded are gone.
+
+    A notebook calls one after the other in one process: a model that waits for Python's garbage collection would be in
+    memory beside the next one.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            with _tamed():
+                return function(*args, **kwargs)
+        except Exception as error:
+            failure = known_failure(error)
+            if failure is None or failure is error:
+                raise
+            raise failure from error
+        finally:
+            _release()
+
+    return called
+
+
+@contextmanager
+def _tamed() -> Iterator[None]:
+    """Inside, libraries do not warn of what only they can change."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in notebooks without widgets
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _release() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def texts(places: Place | Sequence[Place] | None) -> list[str] | None:
+    """One or several, as text; None stays None."""
+    if places is None:
+        return None
+    return [str(place) for place in ([places] if isinstance(places, str | Path) else places)]
+
+
+def text(place: Place | None) -> str | None:
+    return None if place is None else str(place)
+
+
+def refuse_below(least: float, **numbers: float | None) -> None:
+    """Stop where one of some numbers is below `least`.
+
+    Raises:
+        UsageError: names the first.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < least:
+            raise UsageError(f"{name}={number}: less than {least}")
