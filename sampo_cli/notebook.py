@@ -18,7 +18,7 @@ from sampo_cli.live_view import MOST_COLUMNS, LiveView
 LEAST_SECONDS = 0.25
 """Between two drawings."""
 
-FONT = "margin: 0; line-height: 1.3; font-family: Menlo, 'DejaVu Sans Mono', Consolas, monospace;"
+FONT = "margin: 0 0 0.6em; line-height: 1.3; font-family: Menlo, 'DejaVu Sans Mono', Consolas, monospace;"
 NOTES = "display: flex; flex-direction: column-reverse; max-height: 14em; overflow-y: auto;"
 """The newest notes are in sight, the others can be scrolled to."""
 

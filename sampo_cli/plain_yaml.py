@@ -19,7 +19,7 @@ MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as a string; this reads it as the number that everybody means."""
+    """YAML 1.1 reads `1e-6` as a string; this reads it as the number that everybody means. A date stays text."""
 
     def get_single_data(self) -> Any:
         node = self.get_single_node()
@@ -31,6 +31,10 @@ class _Loader(yaml.SafeLoader):
         return self.construct_document(node)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
@@ -64,7 +68,7 @@ def parse_yaml(text: str, where: str, *, prose: bool = False) -> Any:
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise UsageError(f"{place}: not YAML: {problem}") from error
-    except (ValueError, RecursionError) as error:  # a date that does not exist, thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
         raise UsageError(f"{where}: not YAML: {error}") from error
     if not prose:
         _refuse_control(content, where)
