@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,20 @@ def test_importing_is_light_and_gives_functions_in_any_order() -> None:
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
     assert float(outcome.stdout) < 0.2
+
+
+def test_the_page_has_every_function() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "python.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `sampo ([\w -]+)` \| `(\w+)` \| (.+) \|$", page, re.MULTILINE)
+    assert {command: name for command, name, _ in rows} == {
+        command: function_of(command).__name__ for command in make_reference.commands()
+    }
+    for command, _, returned in rows:
+        types = set(re.findall(r"\w+", str(inspect.signature(function_of(command)).return_annotation)))
+        assert set(re.findall(r"`([A-Z]\w+)`", returned)) == {name for name in types if name[0].isupper()} - {
+            "Path",
+            "Any",
+        }
 
 
 # What they return is what the command prints with --json --------------------------------------------------------------

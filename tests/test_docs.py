@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ def fences(page: Path, *languages: str) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words after `sampo` of every command in a page's shell blocks."""
+    """The words after `sampo` of every command in a page's shell blocks, without pipes and redirections."""
     for block in fences(page, "bash", "sh", "shell", "console"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
-            if words[:1] == ["sampo"]:
-                yield words[1:]
+            for is_pipe, part in groupby(words, lambda word: word == "|"):
+                command = [] if is_pipe else list(takewhile(lambda word: word != ">", part))
+                if command[:1] == ["sampo"]:
+                    yield command[1:]
 
 
 def anchors(page: Path) -> set[str]:
