@@ -108,6 +108,8 @@ def _values(field: Any) -> list[str]:
     if field.annotation is bool:
         return ["true", "false"]
     default = field.get_default(call_default_factory=True)
+    if default is None:
+        return [*_literals(field.annotation), "null"]
     if get_origin(field.annotation) is dict:
         return []
     return _literals(field.annotation) or [str(default)] * isinstance(default, int | float | str)
@@ -123,7 +125,7 @@ def _literals(annotation: Any) -> list[str]:
 def _beside(incomplete: str) -> list[Path]:
     """What lies in the folder of the path that is being typed."""
     folder = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
 def _first_line(recipe: Path) -> str:

@@ -86,6 +86,15 @@ def test_what_is_offered(place: Path, words: list[str], expected: list[str]) -> 
     assert sorted(offered(place, *words)) == sorted(expected)
 
 
+def test_runs_are_offered_where_there_is_no_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "run").mkdir(parents=True)
+    (tmp_path / "mine" / "run" / "recipe.yaml").touch()
+    assert completion.runs("mine/") == [("mine/run", "a run")]
+    assert completion.runs("") == []
+    assert completion.runs("\0/") == [], "what cannot be read is not offered, and nothing is said"
+
+
 def test_it_is_quick_and_loads_no_torch(place: Path) -> None:
     code = (
         "import sys, time; start = time.process_time()\n"
