@@ -178,7 +178,7 @@ def test_the_recipe_of_a_run_repeats_it(finished: Path, tmp_path: Path) -> None:
     assert first == second
 
 
-def test_json_is_the_folder_with_its_summary_and_nothing_else(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+def test_json_is_folder_and_summary_and_nothing_else(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
     outcome = succeeds(*train_flags(tiny_llama, pairs_file, tmp_path / "run", "--json", "--quiet"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert json.loads(outcome.stdout) == {"folder": str(tmp_path / "run"), **summary}
