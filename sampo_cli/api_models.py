@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-from sampo_cli.calls import Place, interface, refuse_below, text, texts
+from sampo_cli.calls import Place, frees_models, interface, refuse_below, text, texts
 from sampo_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ SIDES: dict[str, tuple[Side, ...]] = {"adapter": ("adapter",), "base": ("base",)
 
 
 @interface
+@frees_models
 def evaluate(
     subject: Place,
     *,
@@ -121,6 +122,7 @@ def chat(
 
 
 @interface
+@frees_models
 def chat(
     subject: Place,
     *,
@@ -194,6 +196,7 @@ def _decoding(max_new_tokens: int, temperature: float, seed: int) -> Decoding:
 
 
 @interface
+@frees_models
 def merge(
     source: Place,
     *,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sampo_cli.calls import Place, interface, text, texts
+from sampo_cli.calls import Place, frees_models, interface, text, texts
 from sampo_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Run:
 
 
 @interface
+@frees_models
 def train(
     recipe: Place | None = None,
     *,

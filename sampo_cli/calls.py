@@ -22,11 +22,7 @@ Place = str | Path
 
 
 def interface(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function of the interface: failures that are known are a `SampoError`, and models that it loaded are gone.
-
-    A notebook calls one after the other in one process: a model that waits for Python's garbage collection would be in
-    memory beside the next one.
-    """
+    """A function of the interface: failures that are known are a `SampoError`, libraries are quiet."""
 
     @functools.wraps(function)
     def called(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -38,6 +34,21 @@ def interface(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
             if failure is None or failure is error:
                 raise
             raise failure from error
+
+    return called
+
+
+def frees_models(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that loads models, which are gone when it has returned.
+
+    A notebook calls one after the other in one process: a model that waits for Python's garbage collection would be in
+    memory beside the next one.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
         finally:
             _release()
 
