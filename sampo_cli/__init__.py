@@ -5,7 +5,8 @@ prints, and raise a `SampoError` where it would end with an exit code. Importing
 """
 
 from sampo_cli.api_files import cache_clear, cache_list, data, methods, report, runs
-from sampo_cli.api_models import chat, evaluate, merge, push_to_hub
+from sampo_cli.api_models import chat, evaluate
+from sampo_cli.api_share import merge, push_to_hub
 from sampo_cli.api_train import Run, train
 from sampo_cli.errors import Interrupted, SampoError
 

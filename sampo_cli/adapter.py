@@ -28,7 +28,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 RECORD_FILE = "sampo.json"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _PARTS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -249,10 +249,10 @@ def _layers(folder: Path, settings: dict[str, Any]) -> dict[str, LoraLayer]:
     foreign = []
     for key, tensor in read_tensors(folder).items():
         suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), None)
-        if suffix is None or not key.startswith(_PREFIX):
+        if suffix is None or not key.startswith(PREFIX):
             foreign.append(key)
             continue
-        parts = found.setdefault(key.removeprefix(_PREFIX).removesuffix(suffix), {})
+        parts = found.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})
         parts[_PARTS[suffix]] = tensor
         parts["embedding"] = parts.get("embedding", False) or suffix.startswith(".lora_embedding")
     incomplete = [module for module, parts in found.items() if not _complete(parts, settings)]

@@ -1,9 +1,8 @@
-"""Functions about what came of a run: measured, talked with, merged, published. Each does what its command does."""
+"""Functions about what came of a run: measured, talked with. Each does what its command does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from sampo_cli.calls import Place, frees_models, interface, refuse_below, text, texts
@@ -13,11 +12,8 @@ if TYPE_CHECKING:
     from sampo_cli.dialogue import Chat, Reply, Side
     from sampo_cli.eval_subject import Evaluation
     from sampo_cli.generate import Decoding
-    from sampo_cli.hub import PushPlan
-    from sampo_cli.merging import MergeResult
     from sampo_cli.settings import Settings
     from sampo_cli.subject import Subject
-    from sampo_cli.upload import PushResult
 
 SIDES: dict[str, tuple[Side, ...]] = {"adapter": ("adapter",), "base": ("base",), "both": ("adapter", "base")}
 """Who answers, by what `side` may be."""
@@ -193,75 +189,3 @@ def _decoding(max_new_tokens: int, temperature: float, seed: int) -> Decoding:
     from sampo_cli.generate import Decoding
 
     return Decoding(max_new_tokens, temperature, seed)
-
-
-@interface
-@frees_models
-def merge(
-    source: Place,
-    *,
-    base: Place | None = None,
-    output: Place | None = None,
-    dtype: str = "bfloat16",
-    trust_remote_code: bool = False,
-) -> MergeResult:
-    """Merge an adapter into its 16-bit base: a plain model for vLLM, llama.cpp, transformers.
-
-    Args:
-        source: a run's folder or an adapter's.
-        base: the 16-bit base, if not the recorded one.
-        output: the new folder; `merged/` in the run if not given.
-        dtype: bfloat16, float16 or float32.
-        trust_remote_code: run Python code that comes with the base.
-
-    Raises:
-        SampoError: of the kind that `sampo merge` would end with.
-    """
-    from sampo_cli.merging import merge as merge_adapter
-
-    place = Path(output) if output else None
-    return merge_adapter(Path(source), base=text(base), output=place, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
-@overload
-def push_to_hub(
-    source: Place, *, repo: str, merged: bool = ..., public: bool = ..., dry_run: Literal[False] = ...
-) -> PushResult: ...
-
-
-@overload
-def push_to_hub(
-    source: Place, *, repo: str, merged: bool = ..., public: bool = ..., dry_run: Literal[True]
-) -> PushPlan: ...
-
-
-@overload
-def push_to_hub(
-    source: Place, *, repo: str, merged: bool = ..., public: bool = ..., dry_run: bool
-) -> PushPlan | PushResult: ...
-
-
-@interface
-def push_to_hub(
-    source: Place, *, repo: str, merged: bool = False, public: bool = False, dry_run: bool = False
-) -> PushPlan | PushResult:
-    """Publish an adapter or a merged model with a card made from the run. What looks like a secret is told on stderr.
-
-    Args:
-        source: a run, an adapter or a merged model.
-        repo: where to: user/name.
-        merged: the run's merged model instead of its adapter.
-        public: visible to everybody; private otherwise.
-        dry_run: what would be sent; nothing is.
-
-    Raises:
-        SampoError: of the kind that `sampo push-to-hub` would end with.
-    """
-    from sampo_cli import hub, upload
-    from sampo_cli.console import say
-    from sampo_cli.disk import expanded
-
-    plan = hub.plan(expanded(source), repo=repo, merged=merged, public=public)
-    for warning in plan.warnings:
-        say(f"warning: {warning}")
-    return plan if dry_run else upload.push(plan)

@@ -58,16 +58,18 @@ def frees_models(function: Callable[Parameters, Result]) -> Callable[Parameters,
 @contextmanager
 def _tamed() -> Iterator[None]:
     """Inside, libraries do not warn of what only they can change."""
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in ("bitsandbytes", "gguf")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in notebooks without widgets
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _release() -> None:

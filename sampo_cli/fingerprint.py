@@ -141,11 +141,16 @@ def adapter_digest(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def merged_from(folder: Path) -> str | None:
+    """`adapter_digest` of the adapter that the model in `folder` was merged from, or None where nothing says so."""
+    record = folder / "sampo.json"
+    made_of = read_json(record).get("adapter_sha256") if record.is_file() else None
+    return made_of if isinstance(made_of, str) else None
+
+
 def merged_is_current(run: Path) -> bool:
     """False if a run's merged/ records another adapter than the one in adapter/ now."""
-    recorded = read_json(run / "merged" / "sampo.json") if (run / "merged" / "sampo.json").is_file() else {}
-    made_of = recorded.get("adapter_sha256")
-    return made_of is None or made_of == adapter_digest(run / "adapter")
+    return merged_from(run / "merged") in (None, adapter_digest(run / "adapter"))
 
 
 def weights_fingerprint(folder: Path) -> str:

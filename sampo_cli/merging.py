@@ -16,6 +16,7 @@ from sampo_cli.checkpoint import whole_folder
 from sampo_cli.disk import check_room, expanded
 from sampo_cli.errors import HubError, ModelError, UsageError
 from sampo_cli.fingerprint import read_header, read_json, weight_files, weights_fingerprint
+from sampo_cli.serving import model_commands
 from sampo_cli.trust import check_consent
 
 if TYPE_CHECKING:
@@ -48,14 +49,15 @@ class MergeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {**asdict(self), "output": str(self.output), "warnings": list(self.warnings)}
+        plain = {"output": str(self.output), "warnings": list(self.warnings), "commands": model_commands(self.output)}
+        return asdict(self) | plain
 
     def facts(self) -> dict[str, str]:
         """What to show, in words."""
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         drift = self.drift.describe() if self.drift else f"not measured: {self.note}"
         facts = {"model": str(self.output), "weights": f"{self.dtype}, {files}, {self.merged_layers} layers merged"}
-        facts |= {"drift": drift}
+        facts |= {"drift": drift, **model_commands(self.output)}
         return facts | {"warning": "; ".join(self.warnings)} if self.warnings else facts
 
 
@@ -102,7 +104,7 @@ def merge(
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: not known", hint=f"one of {', '.join(DTYPES)}")
     adapter_folder = resolve_adapter(source)
-    output = expanded(output) if output else _default_output(adapter_folder)
+    output = expanded(output) if output else default_output(adapter_folder)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is already there", hint="give another --output, or delete it")
     from sampo_cli.adapter import read_adapter
@@ -164,7 +166,8 @@ def resolve_adapter(source: Path) -> Path:
     raise ModelError(f"{source}: no {ADAPTER_CONFIG} and no adapter/", hint="give a run's folder or an adapter's")
 
 
-def _default_output(adapter: Path) -> Path:
+def default_output(adapter: Path) -> Path:
+    """Where the merged model of an adapter goes if nothing else is said."""
     if (adapter.parent / "recipe.yaml").is_file():
         return adapter.parent / "merged"
     return adapter.with_name(f"{adapter.resolve().name}-merged")

@@ -69,7 +69,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
     if data.chat_template is not None:
         tokenizer.chat_template = _read_template(data.chat_template)
     elif not tokenizer.chat_template:
-        tokenizer.chat_template = (_BOS if _adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
+        tokenizer.chat_template = (_BOS if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
     return tokenizer
 
 
@@ -94,7 +94,8 @@ def _read_template(name: str) -> str:
         ) from error
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True where the tokenizer itself puts its first token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
@@ -142,9 +143,13 @@ class PairEncoder:
             Unusable: the template refuses it, or special tokens in it cannot be read as text.
         """
         conversation, literals = self._special.hide(Conversation(list(messages), "", ""))
-        turns = _folded(conversation.prompt) if self._folds_system else conversation.prompt
-        text = self._render(turns, add_generation_prompt=True)
+        text = self.text(conversation.prompt, add_generation_prompt=True)
         return self._special.tokenize_hidden([text], literals)[0] if literals else tokenize(self.tokenizer, [text])[0]
+
+    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """A conversation as the template writes it. Raises Unusable where it refuses the turns."""
+        turns = _folded(list(messages)) if self._folds_system else list(messages)
+        return self._render(turns, add_generation_prompt=add_generation_prompt)
 
     def ends_in_special(self, response: Sequence[int]) -> bool:
         return response[-1] in self._special.ids
@@ -194,11 +199,10 @@ class PairEncoder:
     def _render_pair(self, conversation: Conversation) -> _Rendered | Unusable:
         try:
             conversation, literals = self._special.hide(conversation)
-            messages = _folded(conversation.prompt) if self._folds_system else conversation.prompt
-            prompt = self._render(messages, add_generation_prompt=True)
+            prompt = self.text(conversation.prompt, add_generation_prompt=True)
             texts = [prompt]
             for answer in (conversation.chosen, conversation.rejected):
-                whole = self._render([*messages, {"role": "assistant", "content": answer}])
+                whole = self.text([*conversation.prompt, {"role": "assistant", "content": answer}])
                 texts.append(prompt + self._until_end(prompt, whole, answer))
             return _Rendered(texts, literals)
         except Unusable as problem:

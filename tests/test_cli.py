@@ -114,7 +114,7 @@ FLAGS = {
         "--adapter --quantization --data --limit --generate --max-new-tokens --temperature --seed --judge --suite "
         "--output --set --quiet --json --debug"
     ),
-    "merge": "--base --output --dtype --trust-remote-code --quiet --json --debug",
+    "merge": ("--base --output --dtype --gguf --llama-cpp --adapter-only --trust-remote-code --quiet --json --debug"),
     "push-to-hub": "--repo --merged --public --dry-run --quiet --json --debug",
 }
 

@@ -265,7 +265,8 @@ def test_a_run_leaves_what_is_documented(tiny_llama: Path, pairs_file: Path, tmp
     view = RunView(quiet=True)
     runs.train(resolve_recipe(tree), view, tmp_path / "run")
     view.close()
-    written = {path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"} | {"merged", "eval"}
+    written = {path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
+    written |= {"merged", "gguf", "adapter-only", "eval"}
     assert written == listed_files(ROOT / "README.md", "outputs/")
     assert written == listed_files(ROOT / "docs" / "design.md", "outputs/")
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
