@@ -18,6 +18,7 @@ from sampo_cli import (
     __version__,
     commands_chat,
     commands_data,
+    commands_doctor,
     commands_eval,
     commands_report,
     commands_share,
@@ -45,6 +46,7 @@ app.command("push-to-hub")(commands_share.push_to_hub)
 app.command("methods")(commands_data.methods)
 app.command("runs")(commands_report.runs)
 app.command("report")(commands_report.report)
+app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_data.cache, name="cache")
 
 

@@ -1,0 +1,44 @@
+"""The command that looks at the machine: `sampo doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+from rich.markup import escape
+from rich.table import Table
+
+from sampo_cli import console
+from sampo_cli.errors import SampoError
+from sampo_cli.options import RUN, Debug, Json, option
+
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    offline: Annotated[bool, option("--offline", "Do not ask the Hub.", RUN)] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine: Python, packages, card, quantization, attention, kernels, disks, the Hub.
+
+    Exit code 0 if nothing failed, warnings allowed; 1 otherwise.
+    """
+    from sampo_cli.doctor import diagnose
+
+    checks = diagnose(offline=offline)
+    failed = [check.name for check in checks if check.state == "fail"]
+    if as_json:
+        console.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        table = Table(box=None, header_style="bold")
+        for heading in ("", "check", "found"):
+            table.add_column(heading, overflow="fold")
+        for check in checks:
+            style = STYLES[check.state]
+            table.add_row(f"[{style}]{check.state}[/]", check.name, escape(check.found))
+            if check.advice:
+                table.add_row("", "", f"[dim]→ {escape(check.advice)}[/]")
+        console.stdout.print(table)
+    if failed:
+        raise SampoError(f"failed: {', '.join(failed)}", hint="what to do is beside each; then run sampo doctor again")
