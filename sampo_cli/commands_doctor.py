@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 from rich.markup import escape
 from rich.table import Table
 
-from sampo_cli import console
+from sampo_cli import api_files, console
 from sampo_cli.errors import SampoError
 from sampo_cli.options import RUN, Debug, Json, option
 
@@ -24,21 +23,18 @@ def doctor(
 
     Exit code 0 if nothing failed, warnings allowed; 1 otherwise.
     """
-    from sampo_cli.doctor import diagnose
-
-    checks = diagnose(offline=offline)
-    failed = [check.name for check in checks if check.state == "fail"]
+    diagnosis = api_files.doctor(offline=offline)
     if as_json:
-        console.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+        console.print_json(diagnosis.to_dict())
     else:
         table = Table(box=None, header_style="bold")
         for heading in ("", "check", "found"):
             table.add_column(heading, overflow="fold")
-        for check in checks:
-            style = STYLES[check.state]
-            table.add_row(f"[{style}]{check.state}[/]", check.name, escape(check.found))
+        for check in diagnosis.checks:
+            table.add_row(f"[{STYLES[check.state]}]{check.state}[/]", check.name, escape(check.found))
             if check.advice:
                 table.add_row("", "", f"[dim]→ {escape(check.advice)}[/]")
         console.stdout.print(table)
-    if failed:
-        raise SampoError(f"failed: {', '.join(failed)}", hint="what to do is beside each; then run sampo doctor again")
+    if diagnosis.failed:
+        hint = "what to do is beside each; then run sampo doctor again"
+        raise SampoError(f"failed: {', '.join(diagnosis.failed)}", hint=hint)

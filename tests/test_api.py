@@ -137,6 +137,7 @@ def cases(made: sampo_cli.Run, model: Path, folder: Path) -> dict[str, Asked]:
         "runs": ([run.parent], {}, [run.parent]),
         "report": ([bare], {"output": f"{out}-report"}, [bare, "--output", f"{out}-report"]),
         "cache list": ([], {}, []),
+        "doctor": ([], {"offline": True}, ["--offline"]),
         "cache clear": ([["nothing-begins-so"]], {}, ["nothing-begins-so"]),
     }  # fmt: skip
 
@@ -152,8 +153,8 @@ def in_folder(value: Any, name: str) -> Any:
     return value.format(name) if isinstance(value, str) else value
 
 
-CHANGING = {"seconds", "written", "path"}
-"""Of a run, when its result was written; where a file lies, if each of the two wrote its own."""
+CHANGING = {"seconds", "written", "path", "found"}
+"""Of a run, when its result was written; where a file lies, if each of the two wrote its own; what is free just now."""
 
 
 def lasting(value: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from sampo_cli import doctor_device as device
 from sampo_cli import doctor_machine as machine
@@ -12,8 +14,24 @@ from sampo_cli.doctor_machine import Check
 from sampo_cli.remote import first_line
 
 
-def diagnose(*, offline: bool = False) -> list[Check]:
-    """What all checks found, in order.
+@dataclass(frozen=True)
+class Diagnosis:
+    """What all checks found, in order. Each has `name`, `state` (ok, warn, fail), `found` and `advice`."""
+
+    checks: list[Check]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed; warnings do not count."""
+        return [check.name for check in self.checks if check.state == "fail"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"ok": not self.failed, "checks": [asdict(check) for check in self.checks]}
+
+
+def diagnose(*, offline: bool = False) -> Diagnosis:
+    """Check everything.
 
     Args:
         offline: leave the network alone.
@@ -31,7 +49,7 @@ def diagnose(*, offline: bool = False) -> list[Check]:
         "disks": machine.check_disks,
         "Hub": partial(check_hub, offline),
     }
-    return [result for name, check in checks.items() for result in _results(name, check)]
+    return Diagnosis([result for name, check in checks.items() for result in _results(name, check)])
 
 
 def _results(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
