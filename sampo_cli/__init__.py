@@ -6,6 +6,7 @@ prints, and raise a `SampoError` where it would end with an exit code. Importing
 
 from sampo_cli.api_files import cache_clear, cache_list, data, doctor, methods, report, runs
 from sampo_cli.api_models import chat, evaluate, merge, push_to_hub
+from sampo_cli.api_sweep import Sweep, sweep
 from sampo_cli.api_train import Run, train
 from sampo_cli.errors import Interrupted, SampoError
 
@@ -15,6 +16,7 @@ __all__ = [
     "Interrupted",
     "Run",
     "SampoError",
+    "Sweep",
     "cache_clear",
     "cache_list",
     "chat",
@@ -26,5 +28,6 @@ __all__ = [
     "push_to_hub",
     "report",
     "runs",
+    "sweep",
     "train",
 ]
