@@ -32,6 +32,9 @@ FORMAT = 1
 LONGEST_NAME = 150
 """Characters of a run's folder; names of files may have 255 bytes, and checkpoints lie below."""
 
+CONSENT = "model.trust_remote_code=true"
+"""Only a command line can give it, so each of the commands has it where the sweep's had."""
+
 OPENING, CLOSING, QUOTES = "[{", "]}", "'\""
 
 Axes = Mapping[str, Sequence[Any]]
@@ -139,7 +142,7 @@ def _planned(recipe: Recipe, settings: dict[str, Any], folder: Path) -> PlannedR
     """A run with its command; one pass of the reference serves all of them."""
     name = run_name(settings)
     given = [f"{key}={as_text(value)}" for key, value in settings.items()]
-    given += ["model.trust_remote_code=true"] * recipe.model.trust_remote_code  # which no file can allow
+    given += [CONSENT] * recipe.model.trust_remote_code
     words = ["train", "--recipe", str(folder / RECIPE_FILE), *(word for one in given for word in ("--set", one))]
     caches = find(recipe.method.name).caches_reference and recipe.train.cache_reference == "auto"
     words += ["--cache-reference", "on"] * caches

@@ -18,7 +18,7 @@ from sampo_cli import checkpoint
 from sampo_cli.errors import ExitCode, Interrupted
 from sampo_cli.run_files import SUMMARY, read_run
 from sampo_cli.signals import StopRequest, stop_requests
-from sampo_cli.sweep_plan import PlannedRun, save_plan
+from sampo_cli.sweep_plan import CONSENT, PlannedRun, save_plan
 
 WAITING = "waiting"
 DONE = ("finished", "running")
@@ -44,7 +44,8 @@ def commands_to_run(runs: Sequence[PlannedRun], plan: Mapping[str, Any], *, retr
 
 def _words(run: PlannedRun, state: str) -> list[str]:
     if state != WAITING and checkpoint.all_checkpoints(run.folder):
-        return ["train", "--resume", str(run.folder)]
+        consent = ["--set", CONSENT] if CONSENT in run.words else []
+        return ["train", "--resume", str(run.folder), *consent]
     return run.words
 
 

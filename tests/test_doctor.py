@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from sampo_cli.diagnosis import diagnose
 from sampo_cli.doctor_device import NF4_ERROR, driver, quantization_errors
 from sampo_cli.doctor_hub import check_hub
 from sampo_cli.doctor_machine import Check, check_disks, check_packages, pinned_versions
@@ -77,6 +78,18 @@ def test_a_layer_is_really_quantized_and_back() -> None:
     assert nf4 == pytest.approx(0.092, abs=0.002)
     assert NF4_ERROR[0] < nf4 < NF4_ERROR[1]
     assert 0.004 < int8 < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_is_tried() -> None:
+    """Its memory and driver are told, NF4 and the 8-bit optimizer run on it, flex attention compiles."""
+    found = {check.name: check for check in diagnose(offline=True).checks}
+    assert "compute capability" in found["GPU 0"].found
+    assert "GPU kernels" not in found
+    assert (found["bitsandbytes"].state, "8-bit AdamW steps" in found["bitsandbytes"].found) == ("ok", True)
+    assert found["attention"].state == "ok", found["attention"].found
+    assert found["kernels"].state in ("ok", "warn")
 
 
 def test_a_driver_that_does_not_answer_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from sampo_cli.errors import ExitCode, UsageError
 from sampo_cli.metrics import read
 from sampo_cli.plain_yaml import parse_yaml
 from sampo_cli.sweep_compare import caveats, ranked
-from sampo_cli.sweep_plan import PlannedRun, as_text, plan_runs, read_axes, run_name, split_values, write_plan
+from sampo_cli.sweep_plan import CONSENT, PlannedRun, as_text, plan_runs, read_axes, run_name, split_values, write_plan
 from sampo_cli.sweep_runs import commands_to_run
 from tests.test_report import write_run
 from tests.warm import Warm
@@ -93,7 +93,7 @@ def test_code_of_a_model_is_allowed_on_each_command_line() -> None:
     """A recipe's file cannot allow it."""
     tree = {**TREE, "model": {"name": "m", "trust_remote_code": True}}
     _, runs = plan_runs(tree, {"method.beta": [0.1, 0.2]}, Path("out"))
-    assert all("model.trust_remote_code=true" in run.words for run in runs)
+    assert all(CONSENT in run.words for run in runs)
 
 
 def test_every_recipe_is_checked_before_anything_runs() -> None:
@@ -163,6 +163,8 @@ def test_what_is_done_for_each_state(tmp_path: Path) -> None:
     assert list(again) == ["interrupted", "failed", "killed", "early", "new"]
     assert again["early"] == ["train", "early"]
     assert again["killed"][:2] == ["train", "--resume"]
+    trusting = PlannedRun("interrupted", tmp_path / "interrupted", {}, ["train", "--set", CONSENT])
+    assert commands_to_run([trusting], plan, retry_failed=False)["interrupted"][3:] == ["--set", CONSENT]
 
 
 def test_the_best_is_first() -> None:
