@@ -16,7 +16,8 @@ class Sweep:
 
     Attributes:
         metric: what they are compared by, on held-out pairs: `output.best_metric`.
-        runs: the best first, each with name, folder, settings, state, exit code and what it reached.
+        runs: of this call and earlier ones, the best first: name, folder, settings, state, exit code, what it reached.
+        unfinished: those of this call that are not finished, by name with their state.
         report: the page about all of them, if it was drawn.
         commands: what is still to be run, a command line each.
         notes: what to mind when comparing.
@@ -25,14 +26,10 @@ class Sweep:
     folder: Path
     metric: str
     runs: list[dict[str, Any]] = field(repr=False)
+    unfinished: Mapping[str, str] = field(default_factory=dict)
     report: Path | None = None
     commands: Sequence[str] = ()
     notes: Sequence[str] = ()
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the runs that failed."""
-        return [run["name"] for run in self.runs if run["state"] == "failed"]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -97,15 +94,18 @@ def sweep(
         if not print_commands:
             run_all(place, plan, todo, view.note, quiet=quiet)
     commands = [command_of(words) for words in todo.values()] if print_commands else []
-    return _compared(place, plan, first.output.best_metric, commands)
+    return _compared(place, plan, [run.name for run in runs], first.output.best_metric, commands)
 
 
-def _compared(folder: Path, plan: Mapping[str, Any], metric: str, commands: Sequence[str]) -> Sweep:
+def _compared(
+    folder: Path, plan: Mapping[str, Any], asked: Sequence[str], metric: str, commands: Sequence[str]
+) -> Sweep:
     """All runs of the plan as they are now; a page about them if nothing is left to somebody else."""
     from sampo_cli.sweep_compare import caveats, draw, outcome_of, ranked
 
     known = plan["runs"].items()
     outcomes = [outcome_of(folder / name, run["settings"], run["exit_code"]) for name, run in known]
     outcomes = ranked(outcomes, metric)
+    states = {one["name"]: one["state"] for one in outcomes if one["name"] in asked and one["state"] != "finished"}
     report = None if commands else draw(folder, outcomes)
-    return Sweep(folder, metric, outcomes, report, commands, caveats(plan["keys"], metric))
+    return Sweep(folder, metric, outcomes, states, report, commands, caveats(plan["keys"], metric))

@@ -55,7 +55,7 @@ def sweep(
         from sampo_cli.tables_report import print_sweep
 
         print_sweep(result.to_dict())
-    if result.failed and not print_commands:
-        names = ", ".join(result.failed)
-        hint = "each run's own error is above; --retry-failed runs them again"
-        raise SampoError(f"{len(result.failed)} of {len(result.runs)} runs failed: {names}", hint=hint)
+    if result.unfinished and not print_commands:
+        states = ", ".join(f"{name} ({state})" for name, state in result.unfinished.items())
+        hint = "--retry-failed runs again what failed, and the same command goes on with the others"
+        raise SampoError(f"{len(result.unfinished)} of {len(result.runs)} runs are not finished: {states}", hint=hint)

@@ -59,16 +59,18 @@ class _Child:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.told = False
 
     def run(self, words: Sequence[str], group: str, stop: StopRequest) -> int:
         """Start it, and wait for its end, also where a second signal asks for that at once."""
         environment = {"WANDB_RUN_GROUP": group, **os.environ}
         command = [sys.executable, "-m", "sampo_cli", *words]
+        self.told = False
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
         )
         try:
-            if stop:  # between two runs, or while this one was started
+            if stop and not self.told:  # it came while this one was started; twice would mean at once
                 self.passed_on(stop)
             return self.process.wait()
         except Interrupted:
@@ -80,6 +82,7 @@ class _Child:
 
     def passed_on(self, stop: StopRequest) -> None:
         if self.process:
+            self.told = True
             self.process.send_signal(stop.signal or signal.SIGINT)
 
 

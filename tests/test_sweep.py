@@ -213,7 +213,7 @@ def test_a_sweep_that_is_stopped_goes_on(
 
     outcome = warm.run(*words, values, cache=cache)
     assert outcome.code == ExitCode.FAILURE, outcome.stderr
-    assert f"1 of 2 runs failed: {second.name}" in outcome.stderr
+    assert f"1 of 2 runs are not finished: {second.name} (failed)" in outcome.stderr
     result = json.loads(outcome.stdout)
     best, worst = result["runs"]
     assert (best["folder"], best["state"], best["steps"]) == (str(first), "finished", 16)
