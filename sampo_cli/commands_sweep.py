@@ -15,7 +15,11 @@ from sampo_cli.options import DATA, MODEL, RUN, TRAINING, Debug, Json, Quiet, as
 def sweep(
     recipe: Annotated[
         Optional[str],
-        typer.Argument(help="What the runs share: a shipped recipe or a YAML file.", autocompletion=completion.recipes),
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="What the runs share: a shipped recipe or a YAML file.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     settings: Annotated[
         Optional[list[str]],
