@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +54,6 @@ class PlannedRun:
     settings: dict[str, Any]
     words: list[str] = field(repr=False)
 
-    @property
-    def command(self) -> str:
-        """What starts it, to be pasted into a shell."""
-        return shlex.join(["sampo", *self.words])
-
 
 def split_values(text: str, where: str) -> list[Any]:
     """The values of `0.05,0.1` or `[q_proj,v_proj],all-linear`: YAML between commas that are in no bracket or quote.
@@ -101,6 +95,8 @@ def read_axes(settings: Mapping[str, Any] | Sequence[str]) -> dict[str, list[Any
             raise UsageError(f"--set {key} is there twice", hint="give all its values at once, with commas between")
         given = settings[key] if isinstance(settings, Mapping) else split_values(text, f"--set {key}")
         values = given if isinstance(given, list) else [given]
+        if not values:
+            raise UsageError(f"--set {key}: no values", hint="give several, --set method.beta=0.05,0.1,0.3")
         axes[key] = [value for place, value in enumerate(values) if value not in values[:place]]
     if all(len(values) < 2 for values in axes.values()):
         raise UsageError("nothing varies", hint="give several values, --set method.beta=0.05,0.1,0.3; one run is train")
@@ -111,7 +107,7 @@ def plan_runs(tree: dict[str, Any], axes: Axes, folder: Path) -> tuple[Recipe, l
     """The recipe that the runs share, and a run for each combination of values.
 
     Args:
-        tree: a recipe's, without the values of `axes`.
+        tree: a recipe's, in which the values of `axes` are put.
         folder: the sweep's.
 
     Raises:
@@ -140,8 +136,8 @@ def plan_runs(tree: dict[str, Any], axes: Axes, folder: Path) -> tuple[Recipe, l
 
 def _planned(recipe: Recipe, settings: dict[str, Any], folder: Path) -> PlannedRun:
     """A run with its command; one pass of the reference serves all of them."""
-    name = run_name(settings)
-    given = [f"{key}={as_text(value)}" for key, value in settings.items()]
+    name, whole = run_name(settings), leaves(recipe.model_dump())  # which has whole paths
+    given = [f"{key}={as_text(whole.get(key, value))}" for key, value in settings.items()]
     given += [CONSENT] * recipe.model.trust_remote_code
     words = ["train", "--recipe", str(folder / RECIPE_FILE), *(word for one in given for word in ("--set", one))]
     caches = find(recipe.method.name).caches_reference and recipe.train.cache_reference == "auto"

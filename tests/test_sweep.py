@@ -20,7 +20,7 @@ from sampo_cli.metrics import read
 from sampo_cli.plain_yaml import parse_yaml
 from sampo_cli.sweep_compare import caveats, ranked
 from sampo_cli.sweep_plan import CONSENT, PlannedRun, as_text, plan_runs, read_axes, run_name, split_values, write_plan
-from sampo_cli.sweep_runs import commands_to_run
+from sampo_cli.sweep_runs import command_of, commands_to_run
 from tests.test_report import write_run
 from tests.warm import Warm
 
@@ -57,9 +57,10 @@ def test_values_are_yaml_between_commas(text: str, values: list[Any]) -> None:
         (["method.beta=0.1,0.1"], "nothing varies"),
         ([], "nothing varies"),
         (["output.dir=a,b"], "each run has a folder of its own"),
+        ({"method.beta": []}, "no values"),
     ],
 )
-def test_settings_that_are_no_sweep(settings: list[str], said: str) -> None:
+def test_settings_that_are_no_sweep(settings: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read_axes(settings)
 
@@ -72,7 +73,7 @@ def test_a_run_for_each_combination() -> None:
         f"method.beta={beta},train.learning_rate={rate}" for beta in ("0.05", "0.1") for rate in ("1e-06", "5e-07")
     ]
     assert shared.train.scheduler == "cosine"
-    assert runs[1].command == (
+    assert command_of(runs[1].words) == (
         "sampo train --recipe out/recipe.yaml --set method.beta=0.05 --set train.learning_rate=5e-07 "
         "--cache-reference on --output out/method.beta=0.05,train.learning_rate=5e-07"
     )
@@ -80,6 +81,15 @@ def test_a_run_for_each_combination() -> None:
         read_axes({"method.beta": [0.05, 0.1], "train.scheduler": "cosine", "train.learning_rate": [1e-6, 5e-7]})
         == axes
     )
+
+
+def test_paths_are_whole_in_commands_and_short_in_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, runs = plan_runs(TREE, {"model.name": ["a", "./b"]}, Path("out"))
+    assert [run.name for run in runs] == ["model.name=a", "model.name=.-b"]
+    assert [run.words[4] for run in runs] == [f"model.name={tmp_path}/{name}" for name in "ab"]
 
 
 def test_the_reference_is_cached_where_there_is_one_and_nobody_said_no() -> None:
