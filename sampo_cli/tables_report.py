@@ -65,7 +65,7 @@ def print_sweep(result: Mapping[str, Any]) -> None:
     table = Table(box=None, header_style="bold")
     for heading in (*keys, *(f"{key.replace('_', ' ')}{' ▼' * (key == result['metric'])}" for key in MEASURES)):
         table.add_column(heading, overflow="fold")
-    table.add_column("state")
+    table.add_column("state", no_wrap=True)
     for run in result["runs"]:
         settings = [escape(str(run["settings"].get(key, ""))) for key in keys]
         numbers = ["" if run[key] is None else text.format(run[key]) for key, text in MEASURES.items()]

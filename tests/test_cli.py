@@ -107,6 +107,8 @@ FLAGS = {
         "--set --quiet --json --debug"
     ),
     "report": "--output --quiet --json --debug",
+    "sweep": "--set --model --data --method --output --print-commands --retry-failed --quiet --json --debug",
+    "doctor": "--offline --json --debug",
     "cache list": "--json --debug",
     "cache clear": "--quiet --json --debug",
     "data": "--model --max-length --row --plot --balance --set --quiet --json --debug",
