@@ -4,9 +4,10 @@ The commands are here as functions of the same names and parameters; `eval` is `
 prints, and raise a `SampoError` where it would end with an exit code. Importing this loads no torch.
 """
 
-from sampo_cli.api_files import cache_clear, cache_list, data, methods, report, runs
+from sampo_cli.api_files import cache_clear, cache_list, data, doctor, methods, report, runs
 from sampo_cli.api_models import chat, evaluate
 from sampo_cli.api_share import merge, push_to_hub
+from sampo_cli.api_sweep import Sweep, sweep
 from sampo_cli.api_train import Run, train
 from sampo_cli.errors import Interrupted, SampoError
 
@@ -16,15 +17,18 @@ __all__ = [
     "Interrupted",
     "Run",
     "SampoError",
+    "Sweep",
     "cache_clear",
     "cache_list",
     "chat",
     "data",
+    "doctor",
     "evaluate",
     "merge",
     "methods",
     "push_to_hub",
     "report",
     "runs",
+    "sweep",
     "train",
 ]

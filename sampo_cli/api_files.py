@@ -1,4 +1,7 @@
-"""Functions that look at what there is: pairs, methods, runs, the cache. Each is what the command of its name shows."""
+"""Functions that look at what there is: pairs, methods, runs, the cache, the machine.
+
+Each gives what the command of its name shows.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from sampo_cli.cache import Entry
     from sampo_cli.data_report import Summary, Token
     from sampo_cli.dataset import PairDataset
+    from sampo_cli.diagnosis import Diagnosis
     from sampo_cli.method_table import Method
     from sampo_cli.settings import Settings
 
@@ -175,3 +179,17 @@ def cache_clear(keys: str | Sequence[str] = ()) -> list[Entry]:
     from sampo_cli.cache import clear
 
     return clear([keys] if isinstance(keys, str) else keys)
+
+
+@interface
+def doctor(*, offline: bool = False) -> Diagnosis:
+    """What this machine has and lacks for a run, each thing tried, with what to do.
+
+    Failures are in what it returns; only the command ends with an exit code.
+
+    Args:
+        offline: do not ask the Hub.
+    """
+    from sampo_cli.diagnosis import diagnose
+
+    return diagnose(offline=offline)

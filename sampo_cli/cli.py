@@ -18,9 +18,11 @@ from sampo_cli import (
     __version__,
     commands_chat,
     commands_data,
+    commands_doctor,
     commands_eval,
     commands_report,
     commands_share,
+    commands_sweep,
     commands_train,
     console,
 )
@@ -44,7 +46,9 @@ app.command("merge")(commands_share.merge)
 app.command("push-to-hub")(commands_share.push_to_hub)
 app.command("methods")(commands_data.methods)
 app.command("runs")(commands_report.runs)
+app.command("sweep")(commands_sweep.sweep)
 app.command("report")(commands_report.report)
+app.command("doctor")(commands_doctor.doctor)
 app.add_typer(commands_data.cache, name="cache")
 
 

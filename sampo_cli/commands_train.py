@@ -50,7 +50,11 @@ def train(
     report_to: Annotated[
         Optional[list[str]],
         option(
-            "--report-to", "tensorboard, wandb; repeatable.", RUN, "TRACKER", completion.choices("output.report_to")
+            "--report-to",
+            "tensorboard, wandb, mlflow, trackio; repeatable.",
+            RUN,
+            "TRACKER",
+            completion.choices("output.report_to"),
         ),
     ] = None,
     cache_reference: Annotated[

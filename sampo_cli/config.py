@@ -189,7 +189,9 @@ class OutputConfig(Section):
     dir: str | None = Field(None, description="The run's folder; made from model, method and data if empty.")
     keep: Literal["best", "final"] = Field("best", description="Which adapter ends up in adapter/.")
     best_metric: Literal["loss", "accuracy", "margin"] = Field("loss", description="Held-out metric that decides.")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="Trackers.")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="Trackers."
+    )
 
 
 class Recipe(Section):
@@ -262,6 +264,15 @@ def merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         before = merged.get(key)
         merged[key] = merge(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a tree by `section.key`, or deeper; a mapping without keys is one."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = leaves(value) if isinstance(value, Mapping) and value else None
+        found |= {key: value} if inner is None else {f"{key}.{name}": leaf for name, leaf in inner.items()}
+    return found
 
 
 def resolve(recipe: Recipe, defaults: Mapping[str, Mapping[str, Any]]) -> Recipe:

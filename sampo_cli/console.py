@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -47,6 +47,11 @@ def say(text: str) -> None:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Lines of data on stdout, for another program."""
+    sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 def show_error(error: SampoError) -> None:

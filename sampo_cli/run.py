@@ -31,10 +31,11 @@ from sampo_cli.optim import check_optimizer
 from sampo_cli.plan import Plan, check_trackers, clear_abandoned, make_plan, resolve_recipe
 from sampo_cli.policy import Policy
 from sampo_cli.record import Record
+from sampo_cli.run_tables import final_tables
 from sampo_cli.signals import stop_requests
 from sampo_cli.state import adapter_bytes, bytes_to_come, refuse_other_format
 from sampo_cli.template import PairEncoder
-from sampo_cli.tracking import tracking
+from sampo_cli.tracking import track_tables, tracking
 from sampo_cli.trainer import Trainer
 from sampo_cli.trust import check_consent, check_links
 
@@ -161,10 +162,11 @@ def _train(trainer: Trainer, record: Record, view: RunView) -> dict[str, Any]:
             if reason := trainer.stopped_early():
                 view.note(f"stopped early, after step {trainer.progress.step}: {reason}")
             finish(trainer, record.plan, record.facts, run)
+            summary = record.write("finished")
+            track_tables(trainer.accelerator, final_tables(summary, run), trainer.progress.step, view.note)
     except BaseException as error:
         record.leave("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
         raise
-    summary = record.write("finished")
     write_text(run / "README.md", model_card(run))
     return summary
 

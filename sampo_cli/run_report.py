@@ -13,6 +13,7 @@ from typing import Any
 
 from sampo_cli.card_facts import Tree, list_of, tree_of
 from sampo_cli.charts import Chart, Curve, as_figures, bars, curves, number, scatter, svg
+from sampo_cli.config import leaves
 from sampo_cli.disk import write_text
 from sampo_cli.length_bias import BUCKETS
 from sampo_cli.plots import write_figures
@@ -188,22 +189,12 @@ def overview(runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 def differences(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """The recipe keys that are not the same in all runs."""
-    flat = [dict(_leaves(run.recipe)) for run in runs]
+    flat = [leaves(run.recipe) for run in runs]
     keys = [
         key for key in dict.fromkeys(key for one in flat for key in one) if len({str(one.get(key)) for one in flat}) > 1
     ]
     rows = [[key, *(str(one.get(key, "")) for one in flat)] for key in keys]
     return {"caption": "What differs between the recipes", "headings": ["key", *names_of(runs)], "rows": rows}
-
-
-def _leaves(tree: Tree, before: str = "") -> list[tuple[str, object]]:
-    found: list[tuple[str, object]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            found += _leaves(value, f"{before}{key}.")
-        else:
-            found.append((f"{before}{key}", value))
-    return found
 
 
 def render(runs: Sequence[RunFiles], sections: Sequence[Section]) -> str:

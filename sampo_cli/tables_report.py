@@ -1,4 +1,4 @@
-"""What `sampo runs` prints."""
+"""What `sampo runs` and `sampo sweep` print."""
 
 from __future__ import annotations
 
@@ -46,3 +46,36 @@ def _cells(run: Mapping[str, Any], folder: Path) -> list[str]:
         lengths = f"{run['generated_tokens']:.0f}{base} tokens"
     data = ", ".join(Path(source).name for source in run.get("data", "").split(", "))
     return [name, run.get("method", ""), data, steps, accuracy, bias, lengths]
+
+
+MEASURES = {
+    "loss": "{:.4f}",
+    "accuracy": "{:.3f}",
+    "margin": "{:+.3f}",
+    "length_bias": "{:+.2f}",
+    "kl_per_token": "{:.4f}",
+    "steps": "{:g}",
+    "seconds": "{:,.0f}",
+}
+
+
+def print_sweep(result: Mapping[str, Any]) -> None:
+    """A row for each run, the best first; then where the page is and what to mind."""
+    keys = list(result["runs"][0]["settings"])
+    table = Table(box=None, header_style="bold")
+    for heading in (*keys, *(f"{key.replace('_', ' ')}{' ▼' * (key == result['metric'])}" for key in MEASURES)):
+        table.add_column(heading, overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for run in result["runs"]:
+        settings = [escape(str(run["settings"].get(key, ""))) for key in keys]
+        numbers = ["" if run[key] is None else text.format(run[key]) for key, text in MEASURES.items()]
+        state = run["state"] + (f" ({run['exit_code']})" if run["exit_code"] else "")
+        table.add_row(*settings, *numbers, f"[{COLOURS.get(run['state'], 'yellow')}]{escape(state)}[/]")
+    stdout.print(table)
+    for note in result["notes"]:
+        stdout.print(f"note: {note}", markup=False, soft_wrap=True)
+    best = result["runs"][0]
+    facts = {"best": best["folder"]} if best[result["metric"]] is not None else {}
+    facts |= {"report": result["report"]} if result["report"] else {}
+    for name, value in facts.items():
+        stdout.print(f"{name}: {value}", markup=False, soft_wrap=True)

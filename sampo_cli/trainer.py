@@ -85,8 +85,6 @@ class Trainer:
         half = policy.dtype == torch.float16
         self.accelerator = Accelerator(
             mixed_precision="fp16" if half else "no",
-            log_with=list(recipe.output.report_to) or None,
-            project_dir=folder,
             cpu=policy.causal_lm.device.type == "cpu",
         )
         self.journal = Journal(folder, self.accelerator, view)

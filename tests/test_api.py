@@ -136,7 +136,12 @@ def cases(made: sampo_cli.Run, model: Path, folder: Path) -> dict[str, Asked]:
         "methods": (["simpo"], {}, ["simpo"]),
         "runs": ([run.parent], {}, [run.parent]),
         "report": ([bare], {"output": f"{out}-report"}, [bare, "--output", f"{out}-report"]),
+        "sweep": ([], {"model": model, "data": data, "settings": {"method.beta": [0.1, 0.3]}, "output": f"{out}-sweep",
+                       "print_commands": True},
+                  ["--model", model, "--data", data, "--set", "method.beta=0.1,0.3", "--output", f"{out}-sweep",
+                   "--print-commands"]),
         "cache list": ([], {}, []),
+        "doctor": ([], {"offline": True}, ["--offline"]),
         "cache clear": ([["nothing-begins-so"]], {}, ["nothing-begins-so"]),
     }  # fmt: skip
 
@@ -152,8 +157,8 @@ def in_folder(value: Any, name: str) -> Any:
     return value.format(name) if isinstance(value, str) else value
 
 
-CHANGING = {"seconds", "written", "path"}
-"""Of a run, when its result was written; where a file lies, if each of the two wrote its own."""
+CHANGING = {"seconds", "written", "path", "found"}
+"""Of a run, when its result was written; where a file lies, if each of the two wrote its own; what is free just now."""
 
 
 def lasting(value: Any) -> Any:

@@ -27,6 +27,7 @@ from sampo_cli.plan import new_folder, resolve_recipe
 from sampo_cli.recipe_files import load_recipe, shipped_recipes
 from sampo_cli.remote import is_path_like
 from sampo_cli.settings import apply_settings, put
+from sampo_cli.sweep_plan import read_axes
 from scripts import make_reference, make_reliability
 from tests import tiny
 
@@ -92,7 +93,8 @@ def test_every_command_is_one_that_the_program_takes(page: Path) -> None:
         for flag, value in parsed.items():
             if name == "train" and flag in options.FLAGS and value:
                 put(tree, *options.FLAGS[flag].split("."), list(value) if isinstance(value, tuple) else value)
-        apply_settings(tree, parsed.get("settings") or [])
+        settings = parsed.get("settings") or []
+        apply_settings(tree, {k: v[0] for k, v in read_axes(settings).items()} if name == "sweep" else settings)
         assert resolve_recipe(tree).method.beta is not None, words
 
 
@@ -134,7 +136,7 @@ def test_every_command_of_the_readme_runs_in_this_order(tiny_llama: Path, tmp_pa
     words = list(commands(ROOT / "README.md"))
     first, named = [line for line in words if "--resume" in line]
     before, after = words[: words.index(first)], words[words.index(named) :]
-    shorter = {"train": ["--max-steps", "2"], "push-to-hub": ["--dry-run"]}
+    shorter = {"train": ["--max-steps", "2"], "push-to-hub": ["--dry-run"], "sweep": ["--print-commands"]}
 
     def run(lines: list[list[str]]) -> None:
         lines = [line + shorter.get(line[0], []) * ("--resume" not in line) for line in lines]
