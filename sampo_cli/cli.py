@@ -19,6 +19,7 @@ from sampo_cli import (
     commands_chat,
     commands_data,
     commands_eval,
+    commands_recipes,
     commands_report,
     commands_share,
     commands_train,
@@ -43,6 +44,7 @@ app.command("chat")(commands_chat.chat)
 app.command("merge")(commands_share.merge)
 app.command("push-to-hub")(commands_share.push_to_hub)
 app.command("methods")(commands_data.methods)
+app.command("recipes")(commands_recipes.recipes)
 app.command("runs")(commands_report.runs)
 app.command("report")(commands_report.report)
 app.add_typer(commands_data.cache, name="cache")

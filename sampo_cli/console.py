@@ -49,6 +49,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def print_raw(text: str) -> None:
+    """A file's content on stdout as it is."""
+    sys.stdout.write(text)
+
+
 def show_error(error: SampoError) -> None:
     """What is wrong and what to do next: a panel on a terminal, lines elsewhere."""
     title, style = ("stopped", "yellow") if isinstance(error, Interrupted) else ("error", "red")

@@ -50,11 +50,12 @@ def forecast(rehearsal: Rehearsal, lengths: Lengths, device: Device) -> Forecast
     Raises:
         ModelError: the architecture cannot be run without its weights.
     """
+    if rehearsal.recipe.train.tokens_per_microbatch:
+        return smallest(rehearsal, lengths, device)
     tokens = START_TOKENS[device.kind]
-    if not rehearsal.recipe.train.tokens_per_microbatch:
-        most = _attempt(rehearsal, lengths, tokens, device)
-        if most.fits:
-            return most
+    most = _attempt(rehearsal, lengths, tokens, device)
+    if most.fits:
+        return most
     least = smallest(rehearsal, lengths, device)
     while least.fits and (tokens := tokens // 2) > least.tokens:
         found = _attempt(rehearsal, lengths, tokens, device)

@@ -19,6 +19,7 @@ def test_the_wheel_holds_the_recipes(tmp_path: Path) -> None:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     assert {"sampo_cli/cli.py", "sampo_cli/_recipes/quickstart/recipe.yaml"} <= names
+    assert "sampo_cli/_recipes/16gb/llama-3.1-8b.yaml" in names
     assert not any(name.startswith(("tests/", "scripts/", "docs/")) for name in names)
     code = "from sampo_cli.recipe_files import load_recipe; print(load_recipe('quickstart')['data']['sources'][0])"
     found = subprocess.run(
