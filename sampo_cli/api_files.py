@@ -138,7 +138,7 @@ def recipes(name: str | None = None, *, copy: Place | None = None) -> list[Shipp
     names = [other for other in shipped_recipes() if not name or other.startswith(f"{name}/")] or [str(name)]
     if copy is None:
         return [describe(other) for other in names]
-    if names != [name]:
+    if name is None or names != [name]:
         raise UsageError("--copy needs the name of one recipe", hint="`sampo recipes` lists them")
     recipe = describe(name)
     return [replace(recipe, copied=copy_recipe(recipe, expanded(copy)))]
