@@ -4,7 +4,7 @@ The commands are here as functions of the same names and parameters; `eval` is `
 prints, and raise a `SampoError` where it would end with an exit code. Importing this loads no torch.
 """
 
-from sampo_cli.api_files import cache_clear, cache_list, data, doctor, methods, report, runs
+from sampo_cli.api_files import cache_clear, cache_list, data, doctor, methods, recipes, report, runs
 from sampo_cli.api_models import chat, evaluate
 from sampo_cli.api_share import merge, push_to_hub
 from sampo_cli.api_sweep import Sweep, sweep
@@ -27,6 +27,7 @@ __all__ = [
     "merge",
     "methods",
     "push_to_hub",
+    "recipes",
     "report",
     "runs",
     "sweep",

@@ -6,7 +6,7 @@ Each gives what the command of its name shows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sampo_cli.dataset import PairDataset
     from sampo_cli.diagnosis import Diagnosis
     from sampo_cli.method_table import Method
+    from sampo_cli.recipe_files import Shipped
     from sampo_cli.settings import Settings
 
 
@@ -122,6 +123,29 @@ def methods(name: str | None = None) -> list[Method]:
     from sampo_cli.method_table import METHODS, find
 
     return [find(name)] if name else list(METHODS.values())
+
+
+@interface
+def recipes(name: str | None = None, *, copy: Place | None = None) -> list[Shipped]:
+    """The recipes that ship, those for a card such as `16gb`, or the one of that name.
+
+    Args:
+        copy: write that one to this new `.yaml` file, or into this folder; what was written is in `copied`.
+
+    Raises:
+        UsageError: there is none of that name, or it cannot be written there.
+        SampoError: the disk is full.
+    """
+    from sampo_cli.disk import expanded
+    from sampo_cli.recipe_files import copy_recipe, describe, shipped_recipes
+
+    names = [other for other in shipped_recipes() if not name or other.startswith(f"{name}/")] or [str(name)]
+    if copy is None:
+        return [describe(other) for other in names]
+    if name is None or names != [name]:
+        raise UsageError("--copy needs the name of one recipe", hint="`sampo recipes` lists them")
+    recipe = describe(name)
+    return [replace(recipe, copied=copy_recipe(recipe, expanded(copy)))]
 
 
 @interface

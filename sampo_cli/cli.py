@@ -20,6 +20,7 @@ from sampo_cli import (
     commands_data,
     commands_doctor,
     commands_eval,
+    commands_recipes,
     commands_report,
     commands_share,
     commands_sweep,
@@ -45,6 +46,7 @@ app.command("chat")(commands_chat.chat)
 app.command("merge")(commands_share.merge)
 app.command("push-to-hub")(commands_share.push_to_hub)
 app.command("methods")(commands_data.methods)
+app.command("recipes")(commands_recipes.recipes)
 app.command("runs")(commands_report.runs)
 app.command("sweep")(commands_sweep.sweep)
 app.command("report")(commands_report.report)

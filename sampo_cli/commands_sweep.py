@@ -54,7 +54,7 @@ def sweep(
     if as_json:
         console.print_json(result.to_dict())
     elif print_commands:
-        console.print_lines(result.commands)
+        console.print_raw("".join(f"{line}\n" for line in result.commands))
     elif not quiet:
         from sampo_cli.tables_report import print_sweep
 

@@ -43,12 +43,17 @@ def words(*known: str) -> Callable[[str], Offers]:
 
 
 @_silent
-def recipes(incomplete: str) -> Offers:
-    """Shipped recipes with their first line, and YAML files."""
+def shipped(incomplete: str) -> Offers:
+    """Shipped recipes with their first line."""
     from sampo_cli.recipe_files import shipped_recipes
 
-    shipped = [(name, _first_line(path)) for name, path in shipped_recipes().items()]
-    return shipped + [(str(path), "") for path in _beside(incomplete) if path.suffix in (".yaml", ".yml")]
+    return [(name, _first_line(path)) for name, path in shipped_recipes().items()]
+
+
+@_silent
+def recipes(incomplete: str) -> Offers:
+    """Shipped recipes, and YAML files."""
+    return shipped(incomplete) + [(str(path), "") for path in _beside(incomplete) if path.suffix in (".yaml", ".yml")]
 
 
 @_silent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -49,9 +49,9 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def print_lines(lines: Sequence[str]) -> None:
-    """Lines of data on stdout, for another program."""
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+def print_raw(text: str) -> None:
+    """Text on stdout as it is: a file's content, lines for another program."""
+    sys.stdout.write(text)
 
 
 def show_error(error: SampoError) -> None:

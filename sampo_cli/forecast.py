@@ -50,13 +50,17 @@ def forecast(rehearsal: Rehearsal, lengths: Lengths, device: Device) -> Forecast
     Raises:
         ModelError: the architecture cannot be run without its weights.
     """
-    least = smallest(rehearsal, lengths, device)
+    if rehearsal.recipe.train.tokens_per_microbatch:
+        return smallest(rehearsal, lengths, device)
     tokens = START_TOKENS[device.kind]
-    while least.fits and tokens > least.tokens and not rehearsal.recipe.train.tokens_per_microbatch:
+    most = _attempt(rehearsal, lengths, tokens, device)
+    if most.fits:
+        return most
+    least = smallest(rehearsal, lengths, device)
+    while least.fits and (tokens := tokens // 2) > least.tokens:
         found = _attempt(rehearsal, lengths, tokens, device)
         if found.fits:
             return found
-        tokens //= 2
     return least
 
 

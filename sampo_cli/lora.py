@@ -49,7 +49,7 @@ def add_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        exclude_modules=list(FUSED_LAYERS) if is_state_space(type(base)) else None,
+        exclude_modules=list(FUSED_LAYERS) if is_state_space(type(base)) else _beside_the_decoder(base),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=True if lora.init == "default" else lora.init,
@@ -59,6 +59,16 @@ def add_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
         return get_peft_model(base, peft_config)
     except ValueError as error:
         raise ModelError(f"LoRA cannot be added: {first_line(error)}", hint="see lora.targets") from error
+
+
+def _beside_the_decoder(base: Any) -> str | None:
+    """A pattern of what is no part of the language model, such as the vision tower of one that also sees; else None.
+
+    Pairs are text, so an adapter there would never get a gradient.
+    """
+    decoder = base.get_decoder()
+    name = next(name for name, module in base.named_modules() if module is decoder)
+    return rf"(?!{re.escape(name)}\.).*" if "." in name else None
 
 
 def resume_adapter(base: Any, name: str, base_fingerprint: str, dropout: float) -> Any:

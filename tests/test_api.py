@@ -134,6 +134,8 @@ def cases(made: sampo_cli.Run, model: Path, folder: Path) -> dict[str, Asked]:
                   [run, "--output", f"{out}-merge", "--dtype", "float32"]),
         "push-to-hub": ([bare], {"repo": "me/tiny", "dry_run": True}, [bare, "--repo", "me/tiny", "--dry-run"]),
         "methods": (["simpo"], {}, ["simpo"]),
+        "recipes": (["16gb/llama-3.1-8b"], {"copy": f"{out}-copy.yaml"},
+                    ["16gb/llama-3.1-8b", "--copy", f"{out}-copy.yaml"]),
         "runs": ([run.parent], {}, [run.parent]),
         "report": ([bare], {"output": f"{out}-report"}, [bare, "--output", f"{out}-report"]),
         "sweep": ([], {"model": model, "data": data, "settings": {"method.beta": [0.1, 0.3]}, "output": f"{out}-sweep",

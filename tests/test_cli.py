@@ -101,6 +101,7 @@ FLAGS = {
         "--dry-run --set --quiet --json --debug --iterations --cache-reference --gpu-memory"
     ),
     "methods": "--json --debug",
+    "recipes": "--copy --quiet --json --debug",
     "runs": "--json --debug",
     "chat": (
         "--adapter --quantization --prompt --side --system --max-new-tokens --temperature --seed "

@@ -123,7 +123,8 @@ def hub_cache(folder: Path, kind: str, name: str, source: Path) -> None:
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_this_order(tiny_llama: Path, tmp_path: Path) -> None:
     """Offline, with tiny models in the Hub's cache; training is cut to two steps and the push is a dry run."""
-    for name in ("meta-llama/Meta-Llama-3-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+    llamas = ("meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+    for name in (*llamas, "HuggingFaceTB/SmolLM2-135M-Instruct"):
         hub_cache(tmp_path / "hf", "models", name, tiny_llama)
     orca = tmp_path / "orca"
     orca.mkdir()
@@ -193,8 +194,10 @@ def test_every_recipe_opens_with_its_command_and_its_sources() -> None:
     for name, path in shipped_recipes().items():
         opening = path.read_text(encoding="utf-8").partition("\nmodel:")[0].partition("\ndata:")[0]
         assert f"\n#   sampo train --recipe {name}" in opening
-        assert name == "quickstart" or all(f"# {word}" in opening for word in ("Published", "Sources: ")), name
-        assert name == "quickstart" or "hanged for LoRA" in opening
+        if name == "quickstart" or "gb/" in name:  # of this project, and not from a publication
+            continue
+        assert all(f"# {word}" in opening for word in ("Published", "Sources: ")), name
+        assert "hanged for LoRA" in opening
 
 
 def test_example_rows_are_read() -> None:

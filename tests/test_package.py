@@ -18,7 +18,8 @@ def test_the_wheel_holds_the_recipes(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    ours = {"sampo_cli/cli.py", "sampo_cli/_recipes/quickstart/recipe.yaml", "sampo_cli/_constraints.txt"}
+    ours = {"sampo_cli/cli.py", "sampo_cli/_constraints.txt"}
+    ours |= {f"sampo_cli/_recipes/{name}.yaml" for name in ("quickstart/recipe", "16gb/llama-3.1-8b")}
     assert ours <= names
     assert not any(name.startswith(("tests/", "scripts/", "docs/")) for name in names)
     code = "from sampo_cli.recipe_files import load_recipe; print(load_recipe('quickstart')['data']['sources'][0])"
