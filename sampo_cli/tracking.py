@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from sampo_cli import ranks
 from sampo_cli.config import Recipe
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.metrics import numbers
@@ -23,7 +24,7 @@ def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path, note: Calla
     Raises:
         UsageError: one does not start (no login, no network).
     """
-    trackers = recipe.output.report_to
+    trackers = recipe.output.report_to if ranks.is_first() else []
     if trackers:
         settings = {f"{s}.{k}": str(v) for s, part in recipe.model_dump().items() for k, v in part.items()}
         own_folder = {"wandb": {"name": folder.name, "dir": str(folder)}}
@@ -36,10 +37,11 @@ def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path, note: Calla
         with _writers_fail_quietly():
             yield
     finally:
-        try:
-            accelerator.end_training()
-        except Exception as error:
-            note(_lost(error))
+        for tracker in accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                note(_lost(error, tracker.name))
 
 
 @contextmanager
