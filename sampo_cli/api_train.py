@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sampo_cli import ranks
 from sampo_cli.calls import Place, frees_models, interface, text, texts
 from sampo_cli.errors import UsageError
+from sampo_cli.joining import joined
 
 if TYPE_CHECKING:
     from sampo_cli.settings import Settings
@@ -62,6 +64,8 @@ def train(
     cache_reference: str | None = None,
     dry_run: bool = False,
     gpu_memory: str | None = None,
+    num_processes: int | None = None,
+    accelerate_config: Place | None = None,
     settings: Settings | None = None,
     quiet: bool = False,
 ) -> Run:
@@ -95,6 +99,8 @@ def train(
         cache_reference: keep the reference's log-probs on disk: auto, on or off.
         dry_run: say what would happen; load no weights.
         gpu_memory: with `dry_run`, for a card of so much memory, such as "24GB".
+        num_processes: processes, one for each GPU; they are started by accelerate's launcher.
+        accelerate_config: how they work together: an accelerate config that ships, or a file.
         settings: any other key of a recipe, `{"train.scheduler": "cosine"}`.
         quiet: no progress, only warnings.
 
@@ -110,6 +116,13 @@ def _train(asked: Mapping[str, Any]) -> Run:
 
     if asked["gpu_memory"] and not asked["dry_run"]:
         raise UsageError("--gpu-memory goes with --dry-run", hint="a run uses the device that is here")
+    processes, config = asked["num_processes"], text(asked["accelerate_config"])
+    if (processes or config) and not asked["dry_run"]:
+        from sampo_cli import launch
+
+        if launch.is_wanted(processes, config):
+            told = launch.launch(launch.words_of("train", asked), processes, config)
+            return Run(Path(told.pop("folder")), told)
     given = {name: _plain(name, asked[name]) for name in FLAGS}
     tree = recipe_tree(text(asked["recipe"]), given, asked["settings"])
     from sampo_cli import plan as plans
@@ -118,16 +131,21 @@ def _train(asked: Mapping[str, Any]) -> Run:
     from sampo_cli.dry_run import dry_run, parse_memory
 
     memory = parse_memory(asked["gpu_memory"]) if asked["gpu_memory"] else None
-    if asked["resume"]:
-        recipe, found = runs.resume(Path(asked["resume"]), tree)
-        folder = found.parent.parent
-    else:
-        recipe, found = plans.resolve_recipe(tree), None
-        folder = plans.new_folder(recipe)
-    with run_view(quiet=asked["quiet"]) as view:
-        if asked["dry_run"]:
-            return Run(folder, dry_run(recipe, view, folder, memory))
-        return Run(folder, runs.train(recipe, view, folder, found))
+    with joined():
+        if asked["resume"]:
+            recipe, found = runs.resume(Path(asked["resume"]), tree)
+            folder = found.parent.parent
+        else:
+            recipe, found = plans.resolve_recipe(tree), None
+            folder = ranks.from_first(lambda: plans.new_folder(recipe))
+        with run_view(quiet=asked["quiet"]) as view:
+            if asked["dry_run"]:
+                together = processes or ranks.count()
+                return Run(folder, ranks.from_first(lambda: dry_run(recipe, view, folder, memory, together)))
+            run = Run(folder, runs.train(recipe, view, folder, found))
+        if ranks.is_first():
+            ranks.tell_launcher(run.to_dict())
+    return run
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ Legend: B pairs, R rows, S positions of a row, N scored tokens.
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -263,3 +264,17 @@ def micro_batches(
         groups.append(ordered[start:end])
         start = end
     return groups
+
+
+def shares(pairs: Sequence[Pair], processes: int, layout: Layout = "shared") -> list[list[Pair]]:
+    """Split pairs over processes so that all have about as many positions: longest first, each to whom has least.
+
+    The same for everybody who asks. A process may get nothing where there are fewer pairs than processes.
+    """
+    loads = [(0, process) for process in range(processes)]
+    parts: list[list[Pair]] = [[] for _ in range(processes)]
+    for pair in sorted(pairs, key=lambda pair: (-sum(pair.row_lengths(layout)), pair.pair_id)):
+        load, process = heapq.heappop(loads)
+        parts[process].append(pair)
+        heapq.heappush(loads, (load + sum(pair.row_lengths(layout)), process))
+    return parts

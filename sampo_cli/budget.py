@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sampo_cli import ranks
 from sampo_cli.checkpoint import all_checkpoints
 from sampo_cli.config import TrainConfig
 from sampo_cli.errors import OutOfMemory, is_out_of_memory
@@ -83,12 +84,15 @@ def find_budget(
     settings: TrainConfig,
     backward: Callable[[list[int]], object],
     parameters: Sequence[torch.Tensor],
+    *,
+    together: bool = False,
 ) -> int:
-    """Most positions of a micro-batch with which the worst of them fits, `start` or less.
+    """Most positions of a micro-batch with which the worst of them fits everywhere, `start` or less.
 
     Args:
         widths: positions of each pair of the run, int64 [n].
         backward: a forward and a backward pass of the pairs with these indices into `widths`.
+        together: no process can try again alone, as all compute each pass together.
 
     Raises:
         OutOfMemory: it does not fit, with the budget that `settings` give or with one pair at a time.
@@ -99,7 +103,8 @@ def find_budget(
         for group in worst_groups(widths, tokens, most_pairs):
             rehearse(partial(backward, group), parameters, settings)
 
-    return largest_that_fits(start, int(widths.max()), attempt, halve=settings.tokens_per_microbatch is None)
+    halve = settings.tokens_per_microbatch is None and not together
+    return min(ranks.gather(largest_that_fits(start, int(widths.max()), attempt, halve=halve)))
 
 
 def budget_note(tokens: int, *, given: bool) -> str:

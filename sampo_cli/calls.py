@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from sampo_cli.errors import UsageError, known_failure
+from sampo_cli.ranks import beside_another
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -64,7 +65,7 @@ def _tamed() -> Iterator[None]:
         log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=Warning if beside_another() else FutureWarning)
             warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in notebooks without widgets
             yield
     finally:

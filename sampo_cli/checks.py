@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sampo_cli import ranks
 from sampo_cli.batch import PairBatch
 from sampo_cli.config import TrainConfig
 from sampo_cli.errors import NumericsError
@@ -27,7 +28,7 @@ ADVICE = "look at those rows; lower train.learning_rate; try --set model.dtype=f
 
 @torch.no_grad()
 def check_reference(policy: torch.nn.Module, batch: PairBatch, *, dropout: bool, rounded: bool) -> None:
-    """Before the first step the policy must be its reference: mean difference over a micro-batch's tokens.
+    """Before the first step the policy must be its reference, in every process: mean over a micro-batch's tokens.
 
     Args:
         dropout: switch it off for this; otherwise the policy stays as it is in training.
@@ -42,15 +43,15 @@ def check_reference(policy: torch.nn.Module, batch: PairBatch, *, dropout: bool,
         if before is None:
             with reference(policy):
                 before = policy(batch)
-        difference = (policy(batch) - before).abs().mean().item()
+        differences = ranks.gather((policy(batch) - before).abs().mean().item())
     finally:
         policy.train()
     raw: Any = getattr(policy, "module", policy)
     from_disk = batch.reference_logps is not None and raw.dtype != torch.float32
     tolerance = ROUNDED_TOLERANCE if rounded or from_disk else STEP_0_TOLERANCE
-    if not difference < tolerance:
+    if different := [difference for difference in differences if not difference < tolerance]:
         raise NumericsError(
-            f"before the first step, policy and reference differ by {difference:.3g} nats per token",
+            f"before the first step, policy and reference differ by {different[0]:.3g} nats per token",
             hint="the adapter or its initialisation changes the base; use lora.init=default",
         )
 

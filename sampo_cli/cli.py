@@ -27,7 +27,8 @@ from sampo_cli import (
     commands_train,
     console,
 )
-from sampo_cli.errors import ExitCode, SampoError, known_failure
+from sampo_cli.errors import ExitCode, shown_failure
+from sampo_cli.ranks import beside_another
 from sampo_cli.secrets_scan import mask
 from sampo_cli.trust import CONTROL
 
@@ -69,40 +70,38 @@ def root(
     """Preference-tune a chat model with SamPO on one GPU, without making it verbose."""
 
 
-def _failure(error: BaseException) -> SampoError:
-    """The error to show for any exception that a command let through."""
-    return known_failure(error) or SampoError(
-        f"unexpected {type(error).__name__}: {error}", hint="run again with --debug and report the traceback"
-    )
-
-
 def _fit_to_show(text: str) -> str:
     """The text without secrets, and without what a terminal obeys: it may quote a file or a server."""
     return "\n".join(CONTROL.sub("�", line) for line in mask(text).split("\n"))
 
 
 def _tame_libraries(*, debug: bool, bars: bool) -> None:
-    """Their warnings only with --debug, their progress bars only on a terminal. Before any of them is imported."""
+    """Their warnings only with --debug, their progress bars only on a terminal. Before any of them is imported.
+
+    A process that a launcher has started beside a first one gives no warnings at all: the first gives the same.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     words = sys.argv[1:] if args is None else list(args)
-    _tame_libraries(debug="--debug" in words, bars=sys.stderr.isatty() and "--quiet" not in words)
+    bars = sys.stderr.isatty() and "--quiet" not in words and not beside_another()
+    _tame_libraries(debug="--debug" in words, bars=bars)
     try:
-        app(words)
+        app(words, obj=words)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         if "--debug" in words:
             sys.stderr.write(_fit_to_show(traceback.format_exc()))
-        failure = _failure(error)
+        failure = shown_failure(error)
         failure.message, failure.hint = _fit_to_show(failure.message), failure.hint and _fit_to_show(failure.hint)
         console.show_error(failure)
         sys.exit(failure.exit_code)

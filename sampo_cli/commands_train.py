@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Optional
 
-from sampo_cli import api_train, completion, console
+from sampo_cli import api_train, completion, console, ranks
 from sampo_cli.options import DATA, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, asked_for, option
 
 
@@ -71,6 +71,12 @@ def train(
     gpu_memory: Annotated[
         Optional[str], option("--gpu-memory", "With --dry-run: for a card of so much memory.", RUN, "24GB")
     ] = None,
+    num_processes: Annotated[
+        Optional[int], option("--num-processes", "Processes, one for each GPU.", RUN, "N", min=1)
+    ] = None,
+    accelerate_config: Annotated[
+        Optional[str], option("--accelerate-config", "How they work together: an accelerate config.", RUN, "NAME|PATH")
+    ] = None,
     settings: Set = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -81,6 +87,8 @@ def train(
     sampo train --model meta-llama/Meta-Llama-3-8B-Instruct --data Intel/orca_dpo_pairs --method sampo
     """
     run = api_train.train(**asked_for(locals()))
+    if not ranks.speaks():
+        return
     if as_json:
         console.print_json(run.to_dict())
     elif dry_run:

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 
+from sampo_cli import ranks
 from sampo_cli.errors import Interrupted, SampoError
 from sampo_cli.live_view import LiveView
 from sampo_cli.metrics import read
@@ -210,9 +211,24 @@ def _screen() -> Screen | None:
     return Terminal() if stderr.is_terminal and not stderr.is_dumb_terminal else None
 
 
+class NoView:
+    """Of a process that has another to speak for it: nothing is said, nothing is logged."""
+
+    def _nothing(self, *about: Any) -> None:
+        """There is nobody to tell."""
+
+    note = begin = train_row = eval_row = generate_row = _nothing
+
+
 @contextmanager
-def run_view(*, quiet: bool) -> Iterator[RunView]:
-    """The view that fits where stderr goes: live on a terminal or in a notebook, plain lines otherwise."""
+def run_view(*, quiet: bool) -> Iterator[RunView | NoView]:
+    """The view that fits where stderr goes: live on a terminal or in a notebook, plain lines otherwise.
+
+    A process that has another to speak for it has none.
+    """
+    if not ranks.is_first():
+        yield NoView()
+        return
     view = RunView(quiet=quiet, screen=_screen())
     try:
         yield view

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sampo_cli.batch import Layout
 from sampo_cli.config import Recipe
 from sampo_cli.errors import ModelError, UsageError
 from sampo_cli.footprint import Rehearsal
@@ -15,7 +16,7 @@ from sampo_cli.plan import Notes, Plan, make_plan
 from sampo_cli.remote import fetch_model
 from sampo_cli.rounds import Schedule
 from sampo_cli.target import Device, named_card, this_device
-from sampo_cli.workload import Lengths, Work, lengths_of, work
+from sampo_cli.workload import Lengths, Work, evenness, lengths_of, work
 
 FRAMEWORK = {"cpu": "Python and libraries", "cuda": "CUDA context"}
 
@@ -35,7 +36,9 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[3].lower()] ** _POWERS[found[2].lower()])
 
 
-def dry_run(recipe: Recipe, view: Notes, folder: Path, gpu_memory: int | None = None) -> dict[str, Any]:
+def dry_run(
+    recipe: Recipe, view: Notes, folder: Path, gpu_memory: int | None = None, processes: int = 1
+) -> dict[str, Any]:
     """What a run would do: nested dictionaries of text, whole numbers (memory in bytes), shares and lists.
 
     Args:
@@ -43,6 +46,7 @@ def dry_run(recipe: Recipe, view: Notes, folder: Path, gpu_memory: int | None = 
         view: told what is found meanwhile.
         folder: the run's.
         gpu_memory: bytes of a CUDA card that need not be here; None for the device that is.
+        processes: that share the pairs of a step out; each needs the memory of one.
 
     Raises:
         DataError, ModelError, UsageError: whatever a run would stop at before it loads weights.
@@ -70,6 +74,7 @@ def dry_run(recipe: Recipe, view: Notes, folder: Path, gpu_memory: int | None = 
     load = work(lengths, schedule, recipe, rehearsal.layout, budget) if budget else None
     return {
         **_run(plan, schedule, lengths, folder),
+        "processes": _processes(lengths, schedule, rehearsal.layout, processes) if processes > 1 else None,
         "tokens": _tokens(load) if load else None,
         "parameters": {"all": rehearsal.total_parameters, "trainable": rehearsal.trainable_parameters},
         "memory": _memory(found, device) if found else None,
@@ -92,6 +97,10 @@ def _run(plan: Plan, schedule: Schedule, lengths: Lengths, folder: Path) -> dict
         "learning rate": recipe.train.learning_rate,
         "output": str(folder),
     }
+
+
+def _processes(lengths: Lengths, schedule: Schedule, layout: Layout, count: int) -> dict[str, Any]:
+    return {"count": count, "busy share": round(evenness(lengths, schedule, layout, count), 3)}
 
 
 def _tokens(load: Work) -> dict[str, Any]:

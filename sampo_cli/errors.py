@@ -115,6 +115,13 @@ def known_failure(error: BaseException) -> SampoError | None:
     return None
 
 
+def shown_failure(error: BaseException) -> SampoError:
+    """The error to show for any exception that a command let through."""
+    return known_failure(error) or SampoError(
+        f"unexpected {type(error).__name__}: {error}", hint="run again with --debug and report the traceback"
+    )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for a misspelt word, or an empty string where nothing is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sampo_cli import ranks
 from sampo_cli.batch import PairBatch
 from sampo_cli.length_bias import length_bias
 from sampo_cli.losses import LossOutput, PairScores
-from sampo_cli.scores import Tally, TokenScores, by_response
+from sampo_cli.scores import Tally, TokenScores, by_response, gathered
 
-COLUMNS = ("loss", "margin", "sum_margin", "chosen_tokens", "rejected_tokens", "k1", "k3")
-"""Of a held-out pair: numbers of the method, DPO's margin, lengths, and KL summed over all tokens of both responses."""
+COLUMNS = ("loss", "margin", "sum_margin", "chosen_tokens", "rejected_tokens", "k1", "k3", "pair_id")
+"""Of a held-out pair: numbers of the method, DPO's margin, lengths, KL summed over all tokens of both responses, id."""
 
 KL_KEYS = ("kl_per_token", "kl_per_response", "kl_per_token_k1", "kl_per_response_k1")
 
@@ -54,7 +55,14 @@ class Evaluation:
         k3_N = torch.expm1(-ratios_N) + ratios_N  # k3 of joschu.net/blog/kl-approx.html: 1/x - 1 + log x, not below 0
         columns = [out.losses, out.chosen_rewards - out.rejected_rewards, self.beta * (chosen - rejected)]
         columns += [scores.chosen_tokens, scores.rejected_tokens, k1_B, torch.stack(by_response(batch, k3_N)).sum(0)]
+        columns.append(batch.pair_ids)
         self.parts.append(torch.stack([column.double() for column in columns], 1))
+
+    def gather(self) -> None:
+        """Take in the pairs that the other processes have scored; all are then in the order of their ids."""
+        self.tally.gather()
+        self.parts = [gathered(self.parts, len(COLUMNS))]
+        self.has_reference = any(ranks.gather(self.has_reference))
 
     def broken(self) -> list[int]:
         """Ids of the pairs whose loss is not finite."""
@@ -89,11 +97,9 @@ class Evaluation:
         return rows
 
     def _finite(self) -> dict[str, NDArray[np.float64]]:
-        """`COLUMNS` and "pair_id" of the pairs whose loss is finite, [P] each."""
+        """`COLUMNS` of the pairs whose loss is finite, [P] each."""
         table = torch.cat(self.parts).cpu().numpy()
-        kept = np.isfinite(table[:, 0])
-        found = dict(zip(COLUMNS, table[kept].T, strict=True))
-        return {**found, "pair_id": np.array(self.tally.pair_ids())[kept]}
+        return dict(zip(COLUMNS, table[np.isfinite(table[:, 0])].T, strict=True))
 
     def _kl(self, table: dict[str, NDArray[np.float64]]) -> dict[str, float | None]:
         """`KL_KEYS`: k3, then k1, per response token and per response."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
-from sampo_cli import metrics
+from sampo_cli import metrics, ranks
 from sampo_cli.disk import flush, write_text
 from sampo_cli.tracking import track
 
@@ -27,7 +27,7 @@ class View(Protocol):
 
 
 class Journal:
-    """Writes down rows of kind `train`, `eval` and `generate`.
+    """Writes down rows of kind `train`, `eval` and `generate`; of a run's processes, only the first does.
 
     Attributes:
         beside: the files with more about the rows of a kind.
@@ -45,6 +45,8 @@ class Journal:
         Raises:
             SampoError: the disk is full.
         """
+        if not ranks.is_first():
+            return
         metrics.append(self.path, row)
         self.seconds += row.get("seconds", 0.0)
         track(self.accelerator, row["kind"], row, self.view.note)
@@ -57,11 +59,15 @@ class Journal:
         Raises:
             SampoError: the disk is full.
         """
+        if not ranks.is_first():
+            return
         lines = [json.dumps({"step": step, **pair}) + "\n" for pair in pairs]
         write_text(self.beside["eval"], "".join(lines))
 
     def put_on_disk(self) -> None:
         """Before a checkpoint, which relies on the rows so far."""
+        if not ranks.is_first():
+            return
         for path in (self.path, *self.beside.values()):
             if path.is_file():
                 flush(path)
@@ -71,7 +77,8 @@ class Journal:
 
         A resumed run will write them again.
         """
-
+        if not ranks.is_first():
+            return
         last = {"train": step, "eval": step if evaluated else step - 1, "generate": step if answered else step - 1}
         for kind, path in self.beside.items():
             if path.is_file():

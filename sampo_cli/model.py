@@ -7,7 +7,6 @@ Only safetensors are read. The adapters themselves are `lora.py`'s.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,8 @@ from sampo_cli.kernels import use_kernels
 from sampo_cli.lora import add_adapter, resume_adapter
 from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, check_head, find_layout, is_state_space, use_pieces
 from sampo_cli.remote import fetch_model, first_line, local_folder
+from sampo_cli.sharding import is_sharded, shard
+from sampo_cli.sizes import Sizes, kept_bytes
 from sampo_cli.trust import does_not_load
 
 NF4_BLOCK = 64
@@ -45,6 +46,7 @@ class ModelFacts:
     trainable_parameters: int
     total_parameters: int
     parameter_bytes: int
+    kept_bytes: int
     adapter_layers: int
     layout: str
     layout_reason: str
@@ -103,6 +105,7 @@ def _quantization(config: ModelConfig, architecture: Any, dtype: torch.dtype, de
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if is_sharded() else torch.uint8,  # FSDP shares out what has the compute dtype
     )
 
 
@@ -152,7 +155,8 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     folder = fetch_model(config.name, config.revision)
     architecture = load_config(config, folder)
     dtype = pick_dtype(config.dtype, device)
-    options: dict[str, Any] = {"config": architecture, "dtype": dtype, "device_map": {"": device}}
+    place = torch.device("cpu") if is_sharded() else device  # a base to be shared out may be larger than a device
+    options: dict[str, Any] = {"config": architecture, "dtype": dtype, "device_map": {"": place}}
     if config.attention in ("sdpa", "eager"):
         options["attn_implementation"] = config.attention
     try:
@@ -232,8 +236,12 @@ def load_policy(
         adapter.revision = config.revision
     set_checkpointing(base, checkpointing)
     policy = Policy(model, dtype=pick_dtype(config.dtype, device), offload=offload)
+    sizes = Sizes.of(model)
+    if is_sharded():
+        shard(policy.causal_lm, device)
+        policy.sharded = True
     reason = settle_layout(policy, config)
-    facts = describe(policy, config, reason, fingerprint)
+    facts = describe(policy, config, reason, fingerprint, sizes)
     attention = f"{facts.attention} ({no_flex})" if no_flex else facts.attention
     return policy, replace(facts, attention=attention, kernels=kernels)
 
@@ -254,18 +262,9 @@ def settle_layout(policy: Policy, config: ModelConfig) -> str:
     return reason
 
 
-def describe(policy: Policy, config: ModelConfig, layout_reason: str, fingerprint: str) -> ModelFacts:
-    """Count what was loaded; `total_parameters` counts a packed 4-bit weight by its elements, not its bytes."""
+def describe(policy: Policy, config: ModelConfig, layout_reason: str, fingerprint: str, sizes: Sizes) -> ModelFacts:
+    """What was loaded."""
     model = policy.model
-    dtypes: Counter[str] = Counter()
-    total = trainable = size = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        elements = state.shape.numel() if state is not None else parameter.numel()
-        total += elements
-        trainable += elements if parameter.requires_grad else 0
-        size += parameter.numel() * parameter.element_size()
-        dtypes["nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")] += elements
     causal_lm = policy.causal_lm
     folder = fetch_model(config.name, config.revision)
     return ModelFacts(
@@ -275,13 +274,14 @@ def describe(policy: Policy, config: ModelConfig, layout_reason: str, fingerprin
         dtype=str(pick_dtype(config.dtype, causal_lm.device)).removeprefix("torch."),
         quantized_layers=count_quantized(model),
         linear_layers=sum(isinstance(m, nn.Linear) and ".lora_" not in name for name, m in model.named_modules()),
-        trainable_parameters=trainable,
-        total_parameters=total,
-        parameter_bytes=size,
+        trainable_parameters=sizes.trainable,
+        total_parameters=sizes.total,
+        parameter_bytes=sizes.bytes,
+        kept_bytes=kept_bytes(model),
         adapter_layers=sum(POLICY_ADAPTER in getattr(module, "lora_A", ()) for module in model.modules()),
         layout=policy.layout,
         layout_reason=layout_reason,
         context=context_length(causal_lm.config),
         attention=policy.attention,
-        dtypes=dict(dtypes),
+        dtypes=dict(sizes.dtypes),
     )

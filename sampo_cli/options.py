@@ -40,9 +40,9 @@ FLAGS = {
 }
 
 
-def option(name: str, text: str, panel: str, metavar: str | None = None, offers: Any = None) -> Any:
+def option(name: str, text: str, panel: str, metavar: str | None = None, offers: Any = None, **limits: Any) -> Any:
     """An option; `offers` is one of `completion.py`."""
-    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, autocompletion=offers)
+    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, autocompletion=offers, **limits)
 
 
 Set = Annotated[

@@ -54,6 +54,7 @@ class Policy(nn.Module):
 
     Attributes:
         pieces_from: positions of a shared row from which on attention is computed in pieces, or None for never.
+        sharded: each process keeps a part of the base, so all must run it equally often.
     """
 
     model: Any
@@ -69,6 +70,7 @@ class Policy(nn.Module):
         super().__init__()
         self.offload = offload
         self.pieces_from: int | None = None
+        self.sharded = False
         self.model = model
         self.layout: Layout = layout
         self.dtype = dtype

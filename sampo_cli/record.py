@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sampo_cli import ranks
 from sampo_cli.disk import write_text
 from sampo_cli.errors import SampoError
 from sampo_cli.model import ModelFacts
@@ -76,9 +77,11 @@ class Record:
             "generated": _generated(progress, adapter_step),
             "versions": versions(),
             "device": facts.device,
+            "processes": ranks.count(),
             "seconds": round(self.trainer.journal.seconds, 1),
         }
-        write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if ranks.is_first():
+            write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import nn
 
-from sampo_cli.batch import Draw, Logps, Pair, Pairs, collate, micro_batches
+from sampo_cli import ranks
+from sampo_cli.batch import Draw, Logps, Pair, Pairs, collate, micro_batches, shares
 from sampo_cli.budget import largest_that_fits
 from sampo_cli.cache import UNFINISHED, cache_folder, is_complete, lock
 from sampo_cli.disk import check_room, flush, folder_bytes, writing
@@ -95,14 +97,21 @@ def adapter_digest(policy: Policy) -> str:
 def score_pairs(policy: nn.Module, pairs: Sequence[Pair], tokens: int) -> list[Logps]:
     """The reference's log-probs of every response token of `pairs`, float32 [T_w + T_l] each, in their order.
 
+    Each process scores its share, and all get the whole.
+
     Args:
         tokens: positions of one forward pass; halved where they do not fit.
     """
     raw: Any = getattr(policy, "module", policy)
+    parts = shares(pairs, ranks.count(), raw.layout)
     found: dict[int, Logps] = {}
 
     def attempt(tokens: int) -> None:
-        for group in micro_batches(pairs, tokens, raw.layout):
+        plans = [micro_batches(part, tokens, raw.layout) for part in parts]
+        groups = plans[ranks.rank()]
+        if raw.sharded:  # all run each layer together, as often as who has most to do
+            groups = groups + [[pairs[0]]] * (max(map(len, plans)) - len(groups))
+        for group in groups:
             batch = collate(group, Draw("sum", 0, 0), raw.layout).to(raw.causal_lm.device)
             with reference(policy):
                 logps = policy(batch).cpu().numpy()
@@ -110,8 +119,9 @@ def score_pairs(policy: nn.Module, pairs: Sequence[Pair], tokens: int) -> list[L
             found.update((pair.pair_id, part) for pair, part in zip(group, np.split(logps, ends[:-1]), strict=True))
 
     longest = max(max(pair.row_lengths(raw.layout)) for pair in pairs)
-    largest_that_fits(tokens, longest, attempt, halve=True)
-    return [found[pair.pair_id] for pair in pairs]
+    largest_that_fits(tokens, longest, attempt, halve=not raw.sharded)
+    everything = {pair_id: logps for part in ranks.gather(found) for pair_id, logps in part.items()}
+    return [everything[pair.pair_id] for pair in pairs]
 
 
 def reference_of(
@@ -150,6 +160,8 @@ def find_or_build(
 ) -> ReferenceCache:
     """The cache of that key: found, finished where an earlier pass stopped, or built.
 
+    All processes of a run build it together; on each machine the first one keeps it.
+
     Args:
         parts: what the key is made of (`key_parts`).
         of: what `sampo cache list` shows.
@@ -164,13 +176,14 @@ def find_or_build(
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "reference" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if is_complete(folder):
+    if all(ranks.gather(is_complete(folder))):
         note(f"reference: log-probs of {len(indices):,} pairs from {folder}")
         return ReferenceCache(folder)
-    with _locked(folder, note, stop):
-        if not is_complete(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # damaged
+    with _locked(folder, note, stop) if ranks.is_first_on_machine() else nullcontext():
+        ranks.wait()
+        if not all(ranks.gather(is_complete(folder))):
             _build(folder, {"of": of, "parts": dict(parts)}, pairs, indices, score, note, stop)
+        ranks.wait()
     return ReferenceCache(folder)
 
 
@@ -214,6 +227,10 @@ def _build(
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.array([pairs.pair_ids[index] for index in indices], np.int64)
     needed = 4 * int(starts[-1]) + 2 * ids.nbytes
+    if not ranks.is_first_on_machine():
+        _append(None, pairs, indices, starts, score, note, stop)
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # damaged, or not there on every machine
     with writing(aside, needed, ROOM_HINT):
         aside.mkdir(exist_ok=True)
         check_room(aside, needed - folder_bytes(aside), "the reference's log-probs", ROOM_HINT)
@@ -228,7 +245,7 @@ def _build(
 
 
 def _append(
-    file: BinaryIO,
+    file: BinaryIO | None,
     pairs: Pairs,
     indices: Sequence[int],
     starts: NDArray[np.int64],
@@ -236,19 +253,25 @@ def _append(
     note: Callable[[str], object],
     stop: object,
 ) -> None:
-    """The blocks that are not in the file yet. `starts`: where each pair's log-probs begin, and the end of the last."""
-    size = file.tell()
-    done = max(first for first in range(0, len(indices) + BLOCK, BLOCK) if 4 * _at(starts, first) <= size)
-    file.truncate(4 * _at(starts, done))
+    """The blocks that are not in every machine's file yet; a process that keeps no file scores its share of them.
+
+    Args:
+        starts: where each pair's log-probs begin, and the end of the last.
+    """
+    firsts = range(0, len(indices) + BLOCK, BLOCK)
+    done = min(ranks.gather(max(n for n in firsts if not file or 4 * _at(starts, n) <= file.tell())))
+    if file:
+        file.truncate(4 * _at(starts, done))
     if done:
         note(f"reference: {min(done, len(indices)):,} of {len(indices):,} pairs were done before")
     for first in range(done, len(indices), BLOCK):
-        if stop:
+        if any(ranks.gather(bool(stop))):
             raise _interrupted(stop)
-        block = [pairs[index] for index in indices[first : first + BLOCK]]
-        file.write(np.concatenate(score(block)).astype(np.float32).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+        found = score([pairs[index] for index in indices[first : first + BLOCK]])
+        if file:
+            file.write(np.concatenate(found).astype(np.float32).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         note(f"reference: {min(first + BLOCK, len(indices)):,} of {len(indices):,} pairs")
 
 

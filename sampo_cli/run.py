@@ -6,7 +6,6 @@ Nothing is written to the run's folder before the pairs are known to be usable a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from sampo_cli import checkpoint
+from sampo_cli import checkpoint, ranks
 from sampo_cli.activations import offload_note
 from sampo_cli.adapter import RECORD_FILE
 from sampo_cli.answers import Answers, end_of_turn
@@ -31,7 +30,9 @@ from sampo_cli.optim import check_optimizer
 from sampo_cli.plan import Plan, check_trackers, clear_abandoned, make_plan, resolve_recipe
 from sampo_cli.policy import Policy
 from sampo_cli.record import Record
+from sampo_cli.remote import fetch_model
 from sampo_cli.run_tables import final_tables
+from sampo_cli.sharding import check as check_sharding
 from sampo_cli.signals import stop_requests
 from sampo_cli.state import adapter_bytes, bytes_to_come, refuse_other_format
 from sampo_cli.template import PairEncoder
@@ -69,14 +70,13 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
     Raises:
         SampoError: of any kind; the folder's state says so.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several processes are not supported yet", hint="start sampo train without a launcher")
     check_trackers(recipe)
+    check_sharding(recipe)
     with ExitStack() as stack:
-        if resume_from:
+        if resume_from and ranks.is_first():
             stack.enter_context(held(run))
         the_plan, policy, facts = _load(recipe, view)
-        if not resume_from:
+        if not resume_from and ranks.is_first():
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(run))
             clear_abandoned(run)
@@ -86,7 +86,9 @@ def train(recipe: Recipe, view: RunView, run: Path, resume_from: Path | None = N
 
 def _load(recipe: Recipe, view: RunView) -> tuple[Plan, Policy, ModelFacts]:
     """Pairs and model; the recipe of the plan is the one with what loading decided."""
-    the_plan = make_plan(recipe, view)
+    with ranks.first_on_machine():
+        the_plan = make_plan(recipe, view)
+        fetch_model(recipe.model.name, recipe.model.revision)
     settings = recipe.train
     check_optimizer(settings, pick_device())
     if note := offload_note(settings.offload_activations, pick_device()):
@@ -114,13 +116,14 @@ def _begin(
     record = Record(run, the_plan, facts, trainer)
     if resume_from:
         record.resume(_restore(trainer, view, resume_from))
-    check_room(
-        run,
-        bytes_to_come(run, trainer.machinery, recipe.train.keep_checkpoints, recipe.iterations.count),
-        "the checkpoints of this run",
-        "make room, or give --output on another disk; --set train.keep_checkpoints=1 needs less",
-    )
-    write_text(run / "recipe.yaml", recipe.dump())
+    if ranks.is_first():
+        check_room(
+            run,
+            bytes_to_come(run, trainer.machinery, recipe.train.keep_checkpoints, recipe.iterations.count),
+            "the checkpoints of this run",
+            "make room, or give --output on another disk; --set train.keep_checkpoints=1 needs less",
+        )
+        write_text(run / "recipe.yaml", recipe.dump())
     return trainer, record
 
 
@@ -151,6 +154,7 @@ def _train(trainer: Trainer, record: Record, view: RunView) -> dict[str, Any]:
     """The loop, what comes after it, and the run's state whatever happens."""
     run, recipe = trainer.folder, trainer.recipe
     trainer.on_save = lambda: record.write("running")
+    ranks.on_loss(lambda: record.leave("failed"))
     view.begin(run, trainer.steps, trainer.progress.step)
     record.write("running")
     try:
@@ -161,13 +165,16 @@ def _train(trainer: Trainer, record: Record, view: RunView) -> dict[str, Any]:
             trainer.fit(stop)
             if reason := trainer.stopped_early():
                 view.note(f"stopped early, after step {trainer.progress.step}: {reason}")
-            finish(trainer, record.plan, record.facts, run)
+            if ranks.is_first():
+                finish(trainer, record.plan, record.facts, run)
             summary = record.write("finished")
-            track_tables(trainer.accelerator, final_tables(summary, run), trainer.progress.step, view.note)
+            if ranks.is_first():
+                track_tables(trainer.accelerator, final_tables(summary, run), trainer.progress.step, view.note)
     except BaseException as error:
         record.leave("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
         raise
-    write_text(run / "README.md", model_card(run))
+    if ranks.is_first():
+        write_text(run / "README.md", model_card(run))
     return summary
 
 
@@ -185,8 +192,10 @@ def resume(path: Path, changes: Mapping[str, Any]) -> tuple[Recipe, Path]:
     run = checkpoint.run_of(path)
     if run.is_dir():
         check_links(run)
-        with held(run):
-            checkpoint.tidy_run(run)
+        if ranks.is_first():
+            with held(run):
+                checkpoint.tidy_run(run)
+    ranks.wait()
     run, found = checkpoint.find(path)
     before = read_recipe(run / "recipe.yaml")
     check_consent(before, run / "recipe.yaml", given="trust_remote_code" in changes.get("model", {}))
@@ -227,6 +236,8 @@ def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
         f"compute {facts.dtype}, on {facts.device}, {facts.parameter_bytes / 2**20:,.0f} MiB; "
         f"attention: {facts.attention}; kernels: {facts.kernels}"
     )
+    if facts.kept_bytes < facts.parameter_bytes:
+        view.note(f"FSDP: each process keeps {facts.kept_bytes:,} of {facts.parameter_bytes:,} bytes")
     share = facts.trainable_parameters / facts.total_parameters
     view.note(
         f"adapter: {facts.trainable_parameters:,} trainable parameters ({share:.2%}) in {facts.adapter_layers} layers, "

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sampo_cli import ranks
 from sampo_cli.batch import PairBatch
 from sampo_cli.losses import LossOutput, PairScores
 
@@ -62,6 +64,22 @@ def pair_scores(
     )
 
 
+MEANS = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logps", "rejected_logps")
+SUMS = ("kept_tokens", "response_tokens")
+"""Numbers of a pair that a row has the mean or the sum of."""
+
+
+def gathered(parts: list[Tensor], columns: int) -> Tensor:
+    """The pairs of all processes, float64 [P, columns] on the CPU, in the order of their ids.
+
+    Args:
+        parts: of this process, [B, columns] each; the last column is the pair's id.
+    """
+    own = torch.cat(parts).cpu() if parts else torch.zeros(0, columns, dtype=torch.float64)
+    table = np.concatenate(ranks.gather(own.numpy()))
+    return torch.from_numpy(table[np.argsort(table[:, -1], kind="stable")])
+
+
 class Tally:
     """Sums over the pairs of a step or an evaluation; stays on the device until `row` is asked for.
 
@@ -72,7 +90,6 @@ class Tally:
     def __init__(self, positions: Callable[[PairBatch], int]) -> None:
         self.positions = positions
         self.parts: list[Tensor] = []
-        self.ids: list[Tensor] = []
         self.computed_tokens = 0
 
     def add(self, batch: PairBatch, scores: PairScores, out: LossOutput) -> None:
@@ -80,17 +97,22 @@ class Tally:
         columns = [out.losses, out.chosen_rewards, out.rejected_rewards, margins, (margins > 0).float()]
         columns += [scores.policy_chosen, scores.policy_rejected]
         columns += [scores.chosen_kept + scores.rejected_kept, scores.chosen_tokens + scores.rejected_tokens]
+        columns.append(batch.pair_ids)
         self.parts.append(torch.stack([column.detach().double() for column in columns], 1))
-        self.ids.append(batch.pair_ids)
         self.computed_tokens += self.positions(batch)
 
+    def gather(self) -> None:
+        """Take in what the other processes have tallied; pairs are then in the order of their ids."""
+        self.parts = [gathered(self.parts, len(MEANS) + len(SUMS) + 1)]
+        self.computed_tokens = sum(ranks.gather(self.computed_tokens))
+
     def pair_ids(self) -> list[int]:
-        return torch.cat(self.ids).tolist()
+        return torch.cat(self.parts)[:, -1].long().tolist()
 
     def broken(self) -> list[int]:
         """Ids of the pairs whose loss is not finite."""
-        finite = torch.cat(self.parts)[:, 0].isfinite()
-        return torch.cat(self.ids)[~finite].tolist()
+        table = torch.cat(self.parts)
+        return table[~table[:, 0].isfinite(), -1].long().tolist()
 
     def row(self) -> dict[str, Any]:
         """Means over pairs, token counts as sums; pairs whose loss is not finite are counted and left out.
@@ -99,9 +121,8 @@ class Tally:
         """
         table = torch.cat(self.parts).cpu()
         finite = table[table[:, 0].isfinite()]
-        names = ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logps", "rejected_logps")
-        means = finite[:, :7].mean(0).tolist() if len(finite) else [None] * len(names)
-        row: dict[str, Any] = dict(zip(names, means, strict=True))
-        row["kept_tokens"], row["response_tokens"] = (int(n) for n in table[:, 7:].sum(0).tolist())
+        means = finite[:, : len(MEANS)].mean(0).tolist() if len(finite) else [None] * len(MEANS)
+        row: dict[str, Any] = dict(zip(MEANS, means, strict=True))
+        row |= zip(SUMS, map(int, table[:, len(MEANS) : -1].sum(0).tolist()), strict=True)
         broken = len(table) - len(finite)
         return {**row, "pairs": len(table), "nonfinite": broken, "computed_tokens": self.computed_tokens}

@@ -5,14 +5,19 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from sampo_cli import ranks
 from sampo_cli.errors import ExitCode, Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+ECHO_SECONDS = 2.0
+"""A launcher passes on what the terminal has sent to all of its processes; within that time it is one signal."""
 
 
 class StopRequest:
@@ -24,6 +29,7 @@ class StopRequest:
 
     def __init__(self, announce: Callable[[], object] = lambda: None) -> None:
         self.signal: int | None = None
+        self._since = 0.0
         self._announce = announce
 
     def __bool__(self) -> bool:
@@ -44,12 +50,19 @@ class StopRequest:
             exit_code=self.exit_code,
         )
 
+    def agree(self) -> None:
+        """Make a wish that one process of the run has heard the wish of all of them."""
+        heard = max(ranks.gather(self.signal or 0))
+        self.signal = self.signal or heard or None
+
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
+            if ranks.hears_twice() and time.monotonic() - self._since < ECHO_SECONDS:
+                return
             raise Interrupted(
                 "left at once; the newest checkpoint is whole", hint="--resume goes on", exit_code=self.exit_code
             )
-        self.signal = number
+        self.signal, self._since = number, time.monotonic()
         with suppress(OSError, RuntimeError):  # the terminal is gone, or this came in the middle of a print to it
             self._announce()
 

@@ -1,6 +1,7 @@
 """The state of a training run as files: what a checkpoint's folder holds, written and read back.
 
-Folders that are there whole or not at all are `checkpoint.py`'s; here is what goes into one.
+Folders that are there whole or not at all are `checkpoint.py`'s; here is what goes into one. The first process of a run
+writes, all read, and nothing in it belongs to one of them: another number of processes may go on.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from sampo_cli import ranks
 from sampo_cli.checkpoint import (
     BEST,
     FORMAT,
@@ -101,6 +104,12 @@ def generator_states() -> dict[str, torch.Tensor]:
     return states
 
 
+def draw_apart(seed: int, step: int) -> None:
+    """Let dropout in the other processes draw other numbers than in the first; nothing else draws while training."""
+    if ranks.rank():
+        torch.manual_seed(int(np.random.default_rng((seed, step, ranks.rank())).integers(2**63)))
+
+
 def restore_generators(states: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
@@ -127,6 +136,8 @@ def write_state(folder: Path, machinery: Machinery, progress: Mapping[str, Any],
 
 def save_checkpoint(run: Path, machinery: Machinery, progress: Progress, facts: Mapping[str, Any], keep: int) -> None:
     """A checkpoint of a run's folder, its best adapter inside; of the older ones, `keep` less one stay."""
+    if not ranks.is_first():
+        return
     with whole_folder(step_folder(run, progress.step), checkpoint_bytes(machinery)) as aside:
         link_folder(run / BEST, aside / BEST)
         write_state(aside, machinery, progress.plain(), facts)
@@ -135,15 +146,19 @@ def save_checkpoint(run: Path, machinery: Machinery, progress: Progress, facts: 
 
 def write_best(run: Path, machinery: Machinery) -> None:
     """The policy's adapter, as the best so far."""
+    if not ranks.is_first():
+        return
     with whole_folder(run / BEST, adapter_bytes(machinery)) as aside:
         save_adapter(machinery.policy, aside)
 
 
 def write_round(folder: Path, machinery: Machinery) -> None:
-    """The policy's adapter at the end of a round, which is the reference of the next."""
-    with whole_folder(folder, adapter_bytes(machinery)) as aside:
-        save_adapter(machinery.policy, aside)
-        seal(aside, {})
+    """The policy's adapter at the end of a round, which is the reference of the next; there when this returns."""
+    if ranks.is_first():
+        with whole_folder(folder, adapter_bytes(machinery)) as aside:
+            save_adapter(machinery.policy, aside)
+            seal(aside, {})
+    ranks.wait()
 
 
 def load_round(folder: Path, machinery: Machinery) -> None:

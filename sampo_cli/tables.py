@@ -149,7 +149,7 @@ def print_dry_run(result: Mapping[str, Any]) -> None:
     """What a run would do, the memory that it needs, and what to change where that is too much."""
     facts = {key: value for key, value in result.items() if key not in ("memory", "changes") and value is not None}
     facts["truncated"] = ", ".join(f"{part} {share:.1%}" for part, share in facts["truncated"].items())
-    for key in ("tokens per pair", "tokens", "parameters"):
+    for key in ("tokens per pair", "processes", "tokens", "parameters"):
         if key in facts:
             facts[key] = ", ".join(f"{name} {value:,}" for name, value in facts[key].items())
     print_facts("dry run", facts)

@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate import tracking as trackers
 
+from sampo_cli import ranks
 from sampo_cli.config import Recipe, leaves
 from sampo_cli.errors import Interrupted, UsageError
 from sampo_cli.metrics import numbers
@@ -54,7 +55,7 @@ def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path, note: Note)
     """
     ended = "failed"
     try:
-        for name in recipe.output.report_to:
+        for name in recipe.output.report_to if ranks.is_first() else ():
             with redirect_stdout(sys.stderr):
                 accelerator.trackers.append(_started(name, recipe, folder))
         with _writers_fail_quietly():

@@ -10,15 +10,17 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_
 
-from sampo_cli import checkpoint
+from sampo_cli import checkpoint, ranks
 from sampo_cli.answers import Answers
-from sampo_cli.batch import PairBatch, row_positions
+from sampo_cli.batch import row_positions
 from sampo_cli.budget import START_TOKENS, budget_note, find_budget, memory_advice
 from sampo_cli.checks import check_evaluation, check_gradient, check_reference, refuse_or_skip
 from sampo_cli.config import Recipe
@@ -29,18 +31,18 @@ from sampo_cli.evaluation import Evaluation
 from sampo_cli.feed import Feed, Split
 from sampo_cli.journal import Journal, View
 from sampo_cli.lora import adopt_reference
-from sampo_cli.losses import LossOutput, PairScores
 from sampo_cli.method_table import Method
 from sampo_cli.objective import Objective
 from sampo_cli.optim import make_optimizer, make_scheduler, memory_bytes
+from sampo_cli.passes import Passes
 from sampo_cli.policy import Policy
 from sampo_cli.reference import reference_of
 from sampo_cli.rounds import Schedule, round_folder
-from sampo_cli.scores import Tally
 from sampo_cli.signals import StopRequest
 from sampo_cli.state import (
     Machinery,
     Progress,
+    draw_apart,
     load_round,
     load_state,
     put_back,
@@ -90,7 +92,7 @@ class Trainer:
         self.journal = Journal(folder, self.accelerator, view)
         self.raw_policy = policy
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self.policy = self.accelerator.prepare_model(policy, device_placement=False)
+        self.policy = self.accelerator.prepare_model(policy, device_placement=False, evaluation_mode=True)
         self.schedule = Schedule(split.train, recipe)
         self.steps = self.schedule.steps
         self.objective = Objective(self.policy, recipe, method)
@@ -98,7 +100,9 @@ class Trainer:
         device = self.accelerator.device
         tokens = settings.tokens_per_microbatch or START_TOKENS[device.type]
         self.feed = Feed(split.pairs, policy.layout, self.objective.draw, device, tokens, settings.pairs_per_microbatch)
+        self.passes = Passes(self.accelerator, policy, self.parameters, self.feed, self.objective)
         self._prepare_optimizer()
+        draw_apart(settings.seed, 0)
 
     def _prepare_optimizer(self) -> None:
         """A new optimizer and schedule: of the round that begins, or of the whole run if it does not restart."""
@@ -110,25 +114,19 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.machinery = Machinery(self.raw_policy, self.optimizer, self.scheduler, self.accelerator.scaler)
 
-    def _backward(self, batch: PairBatch, pairs: int) -> tuple[PairScores, LossOutput]:
-        """Add a micro-batch's share of the mean loss over a step of `pairs` pairs to the gradient."""
-        _, scores, out = self.objective.measure(batch)
-        self.accelerator.backward(out.losses.sum() / pairs)
-        return scores, out
-
     def train_step(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One optimizer step over the pairs at `indices`, however many micro-batches that takes.
 
         Raises:
             NumericsError: a loss or the gradient is not finite and such a step may not be skipped, or see `checks`.
         """
-        tally, progress, scaler = Tally(self.policy.computed_positions), self.progress, self.accelerator.scaler
-        for batch in self.feed.batches(indices, epoch):
-            tally.add(batch, *self._backward(batch, len(indices)))
+        progress, scaler = self.progress, self.accelerator.scaler
+        tally = self.passes.step(indices, epoch)
         row = {**tally.row(), "learning_rate": self.scheduler.get_last_lr()[0]}
         norm = math.nan
         if not row["nonfinite"]:
-            norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
+            self.accelerator.unscale_gradients()
+            norm = float(clip_grad_norm_(self.parameters, self.recipe.train.max_grad_norm))
         row["grad_norm"] = norm if math.isfinite(norm) else None  # float16's scaler skips such a step
         if math.isfinite(norm) or (scaler is not None and not row["nonfinite"]):
             progress.zero_gradients = check_gradient(norm, row["loss"], progress.zero_gradients)
@@ -143,7 +141,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return row
 
-    @torch.no_grad()
     def evaluate(self, stop: StopRequest | None = None) -> Evaluation:
         """The held-out pairs, whose positions are those of epoch 0 every time.
 
@@ -152,14 +149,8 @@ class Trainer:
             NumericsError: a loss is not finite, and `train.on_nonfinite` is stop or all are like that.
         """
         assert self.recipe.method.beta is not None, "resolve() fills beta"
-        found = Evaluation(self.policy.computed_positions, self.recipe.method.beta)
-        self.policy.eval()
-        try:
-            for batch in self.feed.whole_batches(self.split.evaluation):
-                self._refuse_to_go_on(stop)
-                found.add(batch, *self.objective.measure(batch))
-        finally:
-            self.policy.train()
+        granted = partial(self._agree_to_go_on, stop)
+        found = self.passes.evaluation(self.split.evaluation, self.recipe.method.beta, granted)
         if broken := [self.split.where(pair) for pair in found.broken()]:
             check_evaluation(self.progress.step, len(self.split.evaluation), self.recipe.train, broken)
         return found
@@ -167,6 +158,11 @@ class Trainer:
     def _refuse_to_go_on(self, stop: StopRequest | None) -> None:
         if stop:
             raise stop.after(self.progress.step, self.steps, self.folder)
+
+    def _agree_to_go_on(self, stop: StopRequest | None) -> None:
+        if stop is not None:
+            stop.agree()
+            self._refuse_to_go_on(stop)
 
     def find_budget(self) -> None:
         """Try the micro-batches that need most memory, and halve `feed.tokens` until they fit.
@@ -179,9 +175,9 @@ class Trainer:
         start = settings.tokens_per_microbatch or progress.tokens_per_microbatch or self.feed.tokens
 
         def backward(group: list[int]) -> None:
-            self._backward(self.feed.group([train[index] for index in group]), 1)
+            self.passes.backward(self.feed.group([train[index] for index in group]), 1)
 
-        tokens = find_budget(widths, start, settings, backward, self.parameters)
+        tokens = find_budget(widths, start, settings, backward, self.parameters, together=self.raw_policy.sharded)
         if tokens != progress.tokens_per_microbatch:
             self.view.note(budget_note(tokens, given=settings.tokens_per_microbatch is not None))
         self.feed.tokens = progress.tokens_per_microbatch = tokens
@@ -207,7 +203,7 @@ class Trainer:
         self.prepare_reference(stop)
         number, lora = self.progress.round, self.recipe.lora
         if self.method.needs_reference and self.progress.step == self.schedule.start(number):
-            batch = next(self.feed.batches(*self.schedule.pairs(self.progress.step, number)))
+            batch = next(self.feed.batches(*self.schedule.pairs(self.progress.step, number))) or self.feed.filler()
             check_reference(self.policy, batch, dropout=lora.dropout > 0, rounded=lora.dora)
 
     def fit(self, stop: StopRequest) -> None:
@@ -252,6 +248,7 @@ class Trainer:
         ends = progress.step in schedule.ends
         progress.evaluation_due = bool(self.split.evaluation) and schedule.evaluates(progress.step)
         progress.generation_due = self.answers is not None and schedule.answers(progress.step)
+        stop.agree()
         if progress.due or ends or stop or progress.step % self.recipe.train.save_every == 0:
             self.save()
         if progress.step < self.steps or progress.due:
@@ -264,7 +261,8 @@ class Trainer:
         adopt_reference(self.raw_policy, kept)
         progress.rounds = [*progress.rounds, progress.last_evaluation]
         progress.round, progress.stopping, progress.best, progress.best_row = progress.round + 1, Waiting(), None, None
-        shutil.rmtree(self.folder / checkpoint.BEST, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(self.folder / checkpoint.BEST, ignore_errors=True)
         self.objective.memory.reset()
         if self.recipe.iterations.schedule == "restart":
             self._prepare_optimizer()
@@ -274,12 +272,10 @@ class Trainer:
     def _record_step(self, row: dict[str, Any], seconds: float) -> None:
         step, per_epoch = self.progress.step, self.schedule.steps_per_epoch(self.progress.round)
         row = {
-            "kind": "train",
-            "step": step,
-            "epoch": round(step / per_epoch, 4),
+            **{"kind": "train", "step": step, "epoch": round(step / per_epoch, 4)},
             **row,
             "tokens_per_second": row["computed_tokens"] / seconds,
-            "memory_bytes": memory_bytes(self.accelerator.device),
+            "memory_bytes": max(ranks.gather(memory_bytes(self.accelerator.device))),
             "seconds": seconds,
         }
         self.journal.write(row)
@@ -301,7 +297,8 @@ class Trainer:
         """The answers that are due, and a checkpoint that knows of them; none before the first step."""
         assert self.answers is not None, "answers are due only where there are prompts"
         progress = self.progress
-        row = self.answers.row(self.raw_policy, progress.step, lambda: self._refuse_to_go_on(stop))
+        answers, granted = self.answers, lambda: self._refuse_to_go_on(stop)
+        row = ranks.from_first(lambda: answers.row(self.raw_policy, progress.step, granted))
         progress.generated, progress.generation_due = row, False
         if progress.best_row and progress.best_row["step"] == progress.step:
             progress.best_generated = row
@@ -343,6 +340,9 @@ class Trainer:
         if self.progress.rewards:
             self.objective.memory.load_state_dict(self.progress.rewards)
         put_back(state, folder, self.machinery)
-        checkpoint.forget_after(self.folder, folder)
+        draw_apart(self.recipe.train.seed, self.progress.step)
+        ranks.wait()
+        if ranks.is_first():
+            checkpoint.forget_after(self.folder, folder)
         done = {"evaluated": not self.progress.evaluation_due, "answered": not self.progress.generation_due}
         self.journal.go_back(self.progress.step, **done)

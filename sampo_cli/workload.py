@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sampo_cli.batch import FORWARD_COST, Layout, Pair, epoch_order, row_positions, steps_per_epoch
+from sampo_cli.batch import FORWARD_COST, Layout, Pair, epoch_order, row_positions, shares, steps_per_epoch
 from sampo_cli.config import MethodConfig, Recipe
 from sampo_cli.dataset import PairDataset
 from sampo_cli.rounds import Schedule
 
 Counts = NDArray[np.int64]
+
+STEPS_LOOKED_AT = 100
+"""For how evenly steps can be split; more tell no more."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,19 @@ def work(lengths: Lengths, schedule: Schedule, recipe: Recipe, layout: Layout, b
         totals += repeats * np.array([passes, computed, *sums])
     passes, computed, total, kept, all_responses = (round(value) for value in totals)
     return Work(schedule.steps, passes, total, computed, kept, all_responses)
+
+
+def evenness(lengths: Lengths, schedule: Schedule, layout: Layout, processes: int) -> float:
+    """Positions of a process on average, as a share of those of the one that has most, over the run's first steps.
+
+    1 where all processes of a step have equally much to do; what is missing they wait for each other.
+    """
+    most = mean = 0.0
+    for step in range(min(schedule.steps, STEPS_LOOKED_AT)):
+        pairs = [lengths[index] for index in schedule.pairs(step, 0)[0]]
+        loads = [sum(sum(pair.row_lengths(layout)) for pair in part) for part in shares(pairs, processes, layout)]
+        most, mean = most + max(loads), mean + sum(loads) / processes
+    return mean / most
 
 
 def planned(rows: Counts, pairs_per_step: int, budget: int, most_pairs: int | None = None) -> tuple[int, int]:

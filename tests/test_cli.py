@@ -98,7 +98,8 @@ FLAGS = {
     "train": (
         "--recipe --model --data --method --output --adapter --epochs --max-steps --learning-rate --beta --batch-pairs "
         "--max-length --lora-r --lora-alpha --quantization --eval-fraction --save-every --resume --seed --report-to "
-        "--dry-run --set --quiet --json --debug --iterations --cache-reference --gpu-memory"
+        "--dry-run --set --quiet --json --debug --iterations --cache-reference --gpu-memory "
+        "--num-processes --accelerate-config"
     ),
     "methods": "--json --debug",
     "recipes": "--copy --quiet --json --debug",

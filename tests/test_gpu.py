@@ -171,3 +171,15 @@ def test_a_run_with_the_paged_optimizer_and_its_resume(tiny_llama: Path, pairs_f
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in again] == [row["step"] for row in rows]
     succeeds("merge", run)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("config", ["ddp", "fsdp-qlora"])
+def test_two_gpus_do_what_one_does(tiny_llama: Path, pairs_file: Path, tmp_path: Path, config: str) -> None:
+    """Over NF4, through the launcher and NCCL; losses of bfloat16 products in batches of other shapes."""
+    losses = []
+    for name, more in (("one", ()), ("two", ("--num-processes", 2, "--accelerate-config", config))):
+        succeeds(*train_flags(tiny_llama, pairs_file, tmp_path / name, *more))
+        rows = (json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-2)

@@ -9,6 +9,7 @@ an audit hook before it happens.
 
 from __future__ import annotations
 
+import atexit
 import json
 import mmap
 import os
@@ -16,6 +17,7 @@ import pty
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -83,13 +85,52 @@ class Warm:
             "output": str(self.folder / "output"),
             "fault": fault,
         }
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        reply = json.loads(self.process.stdout.readline())
+        (reply,) = self._ask([request])
         texts = {name: (self.folder / f"output.{name}").read_text() for name in ("stdout", "stderr")}
         return Outcome(**reply, **texts)
+
+    def run_ranks(
+        self, count: int, *arguments: object, cache: Path, environment: Sequence[dict[str, str]] = (), **fault: Any
+    ) -> list[Outcome]:
+        """One command in `count` processes, with what a launcher leaves in the environment; by rank.
+
+        Args:
+            environment: more of it for each rank, from the first on.
+            fault: see `run`; it strikes the first process, whose file operations under `cache`'s folder are counted.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        requests = []
+        for rank in range(count):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            more = environment[rank] if rank < len(environment) else {}
+            own = {"SAMPO_CACHE": str(cache), **rendezvous, **{name: str(value) for name, value in place.items()}}
+            requests.append(
+                {
+                    "arguments": [str(argument) for argument in arguments],
+                    "environment": os.environ | own | more,
+                    "watch": [] if rank else [str(cache.parent)],
+                    "output": str(self.folder / f"output{rank}"),
+                    "fault": {} if rank else fault,
+                }
+            )
+        replies = self._ask(requests)
+        return [
+            Outcome(
+                **reply,
+                stdout=(self.folder / f"output{rank}.stdout").read_text(),
+                stderr=(self.folder / f"output{rank}.stderr").read_text(),
+            )
+            for rank, reply in enumerate(replies)
+        ]
+
+    def _ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(requests) + "\n")
+        self.process.stdin.flush()
+        return list(json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
         self.process.communicate()
@@ -99,15 +140,20 @@ def _serve() -> None:
     _warm_up()
     moments = mmap.mmap(-1, 8)
     for line in sys.stdin:
-        request = json.loads(line)
+        children = []
         moments[:] = bytes(8)
         started = time.monotonic()
-        child, terminal = pty.fork() if request["fault"].get("terminal") else (os.fork(), None)
-        if not child:
-            _become(request, moments)
-        code = _wait(child, request["fault"], moments, terminal)
-        reply = {"code": code, "moments": int.from_bytes(moments[:], "little"), "seconds": time.monotonic() - started}
-        print(json.dumps(reply), flush=True)
+        for request in json.loads(line):
+            child, terminal = pty.fork() if request["fault"].get("terminal") else (os.fork(), None)
+            if not child:
+                _become(request, moments)
+            children.append((child, request["fault"], terminal))
+        replies = []
+        for child, fault, terminal in children:
+            code = _wait(child, fault, moments, terminal)
+            passed = time.monotonic() - started
+            replies.append({"code": code, "moments": int.from_bytes(moments[:], "little"), "seconds": passed})
+        print(json.dumps(replies), flush=True)
 
 
 def _warm_up() -> None:
@@ -116,6 +162,7 @@ def _warm_up() -> None:
     Tokenizers must not start theirs: a fork would wait for them for ever.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TQDM_DISABLE"] = "1"  # read when it is imported
     import datasets  # noqa: F401
     import torch
 
@@ -185,11 +232,17 @@ def _become(request: dict[str, Any], moments: mmap.mmap) -> None:
 
         main(request["arguments"])
     except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0)
+        _end(end.code)
     finally:
         os._exit(99)
+
+
+def _end(code: Any) -> None:
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()  # where the first process waits for the others
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)
 
 
 def _strike(fault: dict[str, Any]) -> None:

@@ -1,0 +1,177 @@
+"""Processes that are started for real: by `--num-processes`, by torchrun, by `accelerate launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from sampo_cli import launch, metrics
+from sampo_cli.errors import ExitCode, SampoError, UsageError
+from sampo_cli.joining import UNSUPPORTED
+from tests import tiny
+
+LIMIT = 240
+"""Seconds after which a command is taken to hang."""
+
+
+def test_shipped_configs_are_accelerates() -> None:
+    configs = launch.shipped_configs()
+    assert set(configs) == {"ddp", "fsdp-qlora", "multi-node"}
+    kinds = {name: load_config_from_file(str(path)).distributed_type.value for name, path in configs.items()}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp-qlora": "FSDP", "multi-node": "MULTI_GPU"}
+
+
+def test_what_the_launcher_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    found = launch._launcher_arguments(launch.find_config("ddp"), 2, ["train", "--model", "m"])
+    assert (found.num_processes, found.module, found.training_script) == (2, True, "sampo_cli")
+    assert found.training_script_args == ["train", "--model", "m"]
+    assert found.num_cpu_threads_per_process == max(1, (os.cpu_count() or 1) // 2)
+    several = launch._launcher_arguments(launch.find_config("multi-node"), None, ["train"])
+    assert several.num_processes == 16
+    with pytest.raises(UsageError, match="how many processes"):
+        launch._launcher_arguments(launch.find_config("ddp"), None, ["train"])
+    own = tmp_path / "own.yaml"
+    for kind in UNSUPPORTED:
+        own.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: {kind}\nnum_processes: 2\n")
+        with pytest.raises(UsageError, match=f"{kind} is not supported") as caught:
+            launch._launcher_arguments(own, None, ["train"])
+        assert "fsdp-qlora" in (caught.value.hint or "")
+    own.write_text("distributed_type: MULTI_GPU\nprocesses: 2\n")
+    with pytest.raises(UsageError, match="unknown keys"):
+        launch._launcher_arguments(own, None, ["train"])
+
+
+def test_configs_by_name_and_by_path(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'fsdp-qlora'"):
+        launch.find_config("fsdp-qlor")
+    own = tmp_path / "own.yaml"
+    own.touch()
+    assert launch.find_config(str(own)) == own
+
+
+def test_one_launcher_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launch.is_wanted(None, None)
+    assert not launch.is_wanted(1, None)
+    assert launch.is_wanted(2, None)
+    assert launch.is_wanted(None, "ddp")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one has started this process already"):
+        launch.is_wanted(2, None)
+    monkeypatch.setenv(launch.LAUNCHED, "1")
+    assert not launch.is_wanted(2, None)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [({0: 3, 1: 3}, 3), ({1: 6, 0: -15}, 6), ({0: -2}, 130), ({1: 77}, 1)],
+    ids=["said", "the first is ended by the launcher", "Ctrl-C before anybody listens", "a code that is none of ours"],
+)
+def test_the_exit_code_is_that_of_the_first_to_fail(codes: dict[int, int], expected: int) -> None:
+    assert launch._exit_code(failed(codes)) == expected
+
+
+def test_a_process_that_was_killed_cannot_say_so_itself() -> None:
+    with pytest.raises(SampoError, match="process 2 was killed by SIGKILL"):
+        launch._exit_code(failed({1: -9, 0: -15}))
+    with pytest.raises(SampoError, match="accelerate's launcher failed: no port"):
+        launch._exit_code(OSError("no port"))
+
+
+def failed(codes: dict[int, int]) -> BaseException:
+    """What torch raises of processes that failed in this order: exit codes by rank."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    failures = {
+        rank: SimpleNamespace(
+            exitcode=code, timestamp=when, local_rank=rank, pid=1, error_file="", message="", signal_name=lambda: ""
+        )
+        for when, (rank, code) in enumerate(codes.items())
+    }
+    error = ChildFailedError.__new__(ChildFailedError)
+    error.failures = failures
+    return error
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tiny_llama: Path, tmp_path: Path) -> Start:
+    """Starts `... sampo train` into tmp_path/run, with a launcher's words before it; stderr goes to tmp_path/err."""
+    data = tiny.write_pairs(tmp_path / "pairs.jsonl", 24)
+    flags = f"--model {tiny_llama} --data {data} --output {tmp_path}/run --batch-pairs 5 --eval-fraction 0.2".split()
+    flags += ["--save-every", "2", "--quantization", "none", "--learning-rate", "1e-5", "--set", "model.dtype=float32"]
+    flags += ["--set", "train.tokens_per_microbatch=150"]
+
+    def begin(*launcher: str, more: tuple[str, ...] = (), resume: bool = False) -> subprocess.Popen[str]:
+        command = [sys.executable, *launcher, "-m", "sampo_cli", "train"]
+        command += ["--resume", f"{tmp_path}/run"] if resume else flags
+        with (tmp_path / "err").open("w") as stderr:
+            return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+    return begin
+
+
+def wait_for(tmp_path: Path, text: str) -> None:
+    deadline = time.monotonic() + LIMIT
+    while text not in (tmp_path / "err").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "err").read_text()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_all_and_torchrun_goes_on(start: Start, tmp_path: Path) -> None:
+    process = start(more=("--num-processes", "2", "--epochs", "300"))
+    wait_for(tmp_path, "step 3/")
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=LIMIT)
+    said = (tmp_path / "err").read_text()
+    assert process.returncode == ExitCode.INTERRUPTED, said
+    assert stdout == ""
+    assert said.count("stopped after step") == said.count("finishing this step") == 1
+    assert "Traceback" not in said
+    steps = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]["done"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    again = start(*torchrun, resume=True, more=("--set", "train.epochs=null", "--max-steps", str(steps + 2), "--json"))
+    stdout, _ = again.communicate(timeout=LIMIT)
+    assert again.returncode == 0, (tmp_path / "err").read_text()
+    summary = json.loads(stdout)
+    assert (summary["state"], summary["processes"]) == ("finished", 2)
+    rows = [row["step"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    assert rows == list(range(1, steps + 3))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_takes_the_others_with_it(start: Start, tmp_path: Path) -> None:
+    process = start(
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        more=("--epochs", "300"),
+    )
+    wait_for(tmp_path, "step 3/")
+    workers = [child for child in psutil.Process(process.pid).children() if "sampo_cli" in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].kill()
+    process.communicate(timeout=LIMIT)
+    assert process.returncode != 0
+    assert not any(worker.is_running() for worker in workers)
+    assert "error: another process of this run is gone" in (tmp_path / "err").read_text()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "failed"
