@@ -68,6 +68,8 @@ def offered(place: Path, *words: str) -> list[str]:
         (["train", "--lora-"], ["--lora-r", "--lora-alpha"]),
         (["train", "--recipe", "qui"], ["quickstart"]),
         (["train", "--recipe", "m"], ["mine.yaml"]),
+        (["recipes", "qui"], ["quickstart"]),
+        (["recipes", "24gb/llama"], ["24gb/llama-3.1-8b"]),
         (["train", "--method", "simp"], ["simpo"]),
         (["methods", "ip"], ["ipo"]),
         (["merge", ""], ["outputs/first", "outputs/second"]),
