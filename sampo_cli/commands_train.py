@@ -8,6 +8,36 @@ from typing import Annotated, Optional
 from sampo_cli import api_train, completion, console, ranks
 from sampo_cli.options import DATA, MODEL, RUN, TRAINING, Debug, Json, Quiet, Set, asked_for, option
 
+MethodName = Annotated[
+    Optional[str],
+    option(
+        "--method",
+        "One of `sampo methods`; sampo if not given.",
+        TRAINING,
+        offers=completion.words(*completion.METHODS),
+    ),
+]
+Trackers = Annotated[
+    Optional[list[str]],
+    option(
+        "--report-to",
+        "tensorboard, wandb, mlflow, trackio; repeatable.",
+        RUN,
+        "TRACKER",
+        completion.choices("output.report_to"),
+    ),
+]
+CacheReference = Annotated[
+    Optional[str],
+    option(
+        "--cache-reference",
+        "Keep the reference's log-probs on disk.",
+        TRAINING,
+        "auto|on|off",
+        completion.choices("train.cache_reference"),
+    ),
+]
+
 
 def train(
     recipe: Annotated[
@@ -15,15 +45,7 @@ def train(
     ] = None,
     model: Annotated[Optional[str], option("--model", "Base model: a Hub name or a folder.", MODEL)] = None,
     data: Annotated[Optional[list[str]], option("--data", "Pairs: Hub name, file, folder; repeatable.", DATA)] = None,
-    method: Annotated[
-        Optional[str],
-        option(
-            "--method",
-            "One of `sampo methods`; sampo if not given.",
-            TRAINING,
-            offers=completion.words(*completion.METHODS),
-        ),
-    ] = None,
+    method: MethodName = None,
     output: Annotated[Optional[str], option("--output", "The run's folder.", RUN, "DIR")] = None,
     adapter: Annotated[
         Optional[str], option("--adapter", "Go on from this LoRA adapter.", MODEL, offers=completion.runs)
@@ -47,26 +69,8 @@ def train(
         Optional[Path], option("--resume", "Go on with a run or from its checkpoint.", RUN, offers=completion.runs)
     ] = None,
     seed: Annotated[Optional[int], option("--seed", "Of everything random.", TRAINING)] = None,
-    report_to: Annotated[
-        Optional[list[str]],
-        option(
-            "--report-to",
-            "tensorboard, wandb, mlflow, trackio; repeatable.",
-            RUN,
-            "TRACKER",
-            completion.choices("output.report_to"),
-        ),
-    ] = None,
-    cache_reference: Annotated[
-        Optional[str],
-        option(
-            "--cache-reference",
-            "Keep the reference's log-probs on disk.",
-            TRAINING,
-            "auto|on|off",
-            completion.choices("train.cache_reference"),
-        ),
-    ] = None,
+    report_to: Trackers = None,
+    cache_reference: CacheReference = None,
     dry_run: Annotated[bool, option("--dry-run", "Say what would happen; load no weights.", RUN)] = False,
     gpu_memory: Annotated[
         Optional[str], option("--gpu-memory", "With --dry-run: for a card of so much memory.", RUN, "24GB")
