@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e
 PYTEST_FLAGS ?=
 
-.PHONY: help demo test test-long reliability audit lint format clean
+.PHONY: help demo test test-long reliability audit lint format docs docs-serve release clean
 
 help:
 	@echo "make demo         train, merge and compare a small chat model, from nothing"
@@ -16,6 +16,9 @@ help:
 	@echo "make audit        known vulnerabilities in what is installed"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the code"
+	@echo "make docs         the documentation site, into site/"
+	@echo "make docs-serve   the site on localhost, built again when a page changes"
+	@echo "make release      sdist and wheel in dist/, checked, with the release's notes"
 	@echo "make clean        delete the environment and what the demo wrote"
 
 $(BIN)/python:
@@ -60,5 +63,17 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs-serve: $(VENV)/.dev
+	$(BIN)/python -m mkdocs serve --strict
+
+# Publishes nothing: CONTRIBUTING.md says what comes after.
+release: $(VENV)/.dev
+	$(BIN)/python -m scripts.release
+
 clean:
-	rm -rf $(VENV) outputs/demo .cache
+	rm -rf $(VENV) outputs/demo .cache site dist

@@ -22,7 +22,7 @@ from sampo_cli.attention import pair_mask
 from sampo_cli.batch import CHOSEN, PROMPT, REJECTED, Draw, Pair, PairBatch, collate
 from sampo_cli.charts import Chart, svg
 from sampo_cli.losses import dpo
-from sampo_cli.methods import METHODS
+from sampo_cli.method_table import METHODS
 from sampo_cli.plots import COLORS, axes_of
 from sampo_cli.sampling import Reduction, Sampling
 from sampo_cli.scores import pair_scores

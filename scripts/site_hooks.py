@@ -1,0 +1,40 @@
+"""What the documentation site needs beside docs/: pages of the files at the top of the checkout, and links to them.
+
+mkdocs calls these (mkdocs.yml, `hooks`). Pages are written for the code host, where `../CONTRIBUTING.md` leads out of
+docs/; in the site those files are pages of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP_FILES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+TOP_LINKS = TOP_FILES | {"README.md": "index.md"}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the files at the top as pages."""
+    for name, page in TOP_FILES.items():
+        text = from_top((ROOT / name).read_text(encoding="utf-8"))
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links out of docs/ to the pages that those files are here."""
+    for name, page in TOP_LINKS.items():
+        markdown = re.sub(rf"\]\(\.\./{re.escape(name)}(#[^)]*)?\)", rf"]({page}\1)", markdown)
+    return markdown
+
+
+def from_top(markdown: str) -> str:
+    """A page of the top as if it lay in docs/."""
+    markdown = re.sub(r"\]\(docs/", "](", markdown)
+    for name, page in TOP_LINKS.items():
+        markdown = re.sub(rf"\]\({re.escape(name)}(#[^)]*)?\)", rf"]({page}\1)", markdown)
+    return markdown
