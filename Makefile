@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e
 PYTEST_FLAGS ?=
 
 .PHONY: help demo test test-long reliability audit lint format docs docs-serve release clean
@@ -26,11 +27,11 @@ $(BIN)/python:
 		|| { echo "sampo needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.demo: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.dev: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) '.[dev]'
 	@touch $@
 
