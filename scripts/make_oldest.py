@@ -2,8 +2,8 @@
 
     pip install uv && python -m scripts.make_oldest
 
-`make test CONSTRAINTS=constraints-oldest.txt` tests them. Where the oldest of a range cannot be had beside the oldest of
-the others, raise its lower bound: a test compares.
+`make test CONSTRAINTS=constraints-oldest.txt` tests them. Where the oldest of a range cannot be had beside those of the
+others, raise its lower bound: a test compares.
 """
 
 from __future__ import annotations

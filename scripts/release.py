@@ -2,8 +2,8 @@
 
     make release
 
-Publishes nothing. On a tagged commit, tag, version and the changelog's newest heading must be the same; elsewhere it is a
-rehearsal, with the notes of what is unreleased.
+Publishes nothing. On a tagged commit, tag, version and the changelog's newest heading must be the same; elsewhere it is
+a rehearsal, with the notes of what is unreleased.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from pathlib import Path
 from sampo_cli import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-WANTED = ("sampo_cli/cli.py", "sampo_cli/py.typed", "sampo_cli/_recipes/quickstart/recipe.yaml")
+WANTED = (
+    "sampo_cli/cli.py",
+    "sampo_cli/py.typed",
+    "sampo_cli/_constraints.txt",
+    "sampo_cli/_recipes/quickstart/recipe.yaml",
+    "sampo_cli/_recipes/16gb/llama-3.1-8b.yaml",
+)
 NOT_WANTED = ("tests/", "scripts/", "docs/", "benchmarks/")
 _HEADING = re.compile(r"^## \[([^\]]+)\](?: - (\d{4}-\d{2}-\d{2}))?[ \t]*$", re.MULTILINE)
 
@@ -65,7 +71,7 @@ def build(output: Path) -> tuple[Path, Path]:
 
 
 def check(sdist: Path, wheel: Path) -> list[str]:
-    """What is wrong with the files: something missing, something too much, or a wheel that the checkout would not give."""
+    """What is wrong with the files: something missing, too much, or not as the checkout would give it."""
     with zipfile.ZipFile(wheel) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     found = [f"{wheel.name}: no {name}" for name in WANTED if name not in content]
@@ -89,7 +95,7 @@ def check(sdist: Path, wheel: Path) -> list[str]:
 def tag_here() -> str | None:
     """The tag of this commit, if there is one."""
     command = ["git", "describe", "--tags", "--exact-match"]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return outcome.stdout.strip() if outcome.returncode == 0 else None
 
 
