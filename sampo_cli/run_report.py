@@ -183,8 +183,13 @@ def overview(runs: Sequence[RunFiles]) -> dict[str, Any]:
             number(number_of(value)) for value in (last.get("loss"), last.get("accuracy"), last.get("margin"), bias)
         ]
         done = f"{steps.get('done', '?')} of {steps.get('planned', '?')}"
-        rows.append([name, run.method, run.model, run.data, done, run.state, *numbers])
+        rows.append([name, run.method, _shown(run.model), _shown(run.data), done, run.state, *numbers])
     return {"caption": "Runs, and the evaluation of the adapter that each kept", "headings": headings, "rows": rows}
+
+
+def _shown(names: str) -> str:
+    """Names on the Hub as they are, local files and folders without the way to them."""
+    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in names.split(", "))
 
 
 def differences(runs: Sequence[RunFiles]) -> dict[str, Any]:
