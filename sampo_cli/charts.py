@@ -37,13 +37,17 @@ _SVG_STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's numbers by step: `steps` and `values` of training steps, and of evaluations where there are any."""
+    """One run's numbers by step: `steps` and `values` of training steps, and of evaluations where there are any.
+
+    `base_of`: it is dashed, and in the colour of the run with this place among the runs.
+    """
 
     run: str
     steps: Sequence[float] = ()
     values: Sequence[float] = ()
     held_out_steps: Sequence[float] = ()
     held_out: Sequence[float] = ()
+    base_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ def curves(key: str, title: str, unit: str, runs: Sequence[Curve], *, logarithmi
 
     def draw() -> Figure:
         figure, axes = axes_of(title, "optimizer step", unit)
-        for place, run in enumerate(runs):
+        own = [run for run in runs if run.base_of is None]
+        for run in runs:
+            place = own.index(run) if run.base_of is None else run.base_of
             _draw_curve(axes, run, PALETTE[place % len(PALETTE)])
         if logarithmic:
             axes.set_yscale("log")
@@ -106,7 +112,8 @@ def _draw_curve(axes: Axes, run: Curve, color: str) -> None:
         axes.plot(run.steps, smoothed(run.values), color=color, linewidth=1.8, label=run.run)
     if len(run.held_out):
         label = f"{run.run}{_kinds(run)[-1]}"
-        axes.plot(run.held_out_steps, run.held_out, color=color, marker="o", markersize=4.5, linewidth=1, label=label)
+        look = {"linestyle": "--", "alpha": 0.8} if run.base_of is not None else {"marker": "o", "markersize": 4.5}
+        axes.plot(run.held_out_steps, run.held_out, color=color, linewidth=1, label=label, **look)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -180,7 +187,8 @@ def scatter(key: str, title: str, runs: Mapping[str, tuple[Sequence[float], Sequ
         figure, axes = axes_of(title, "chosen minus rejected, tokens", y)
         for place, (name, (gaps, margins)) in enumerate(runs.items()):
             color = PALETTE[place % len(PALETTE)]
-            axes.scatter(gaps, margins, s=9, color=color, alpha=0.45, linewidths=0)
+            size = min(max(3000 / len(gaps), 9), 30)  # few dots are drawn larger
+            axes.scatter(gaps, margins, s=size, color=color, alpha=0.45, linewidths=0)
             slope, offset = lines[name]
             ends = np.array([min(gaps), max(gaps)])
             axes.plot(ends, slope * ends + offset, color=color, linewidth=1.8, label=name)

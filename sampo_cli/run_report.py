@@ -152,13 +152,14 @@ def _scatter(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
 def _generated(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
     """Mean length of answers over time, the base's beside it."""
     lines = []
-    for run, name in zip(runs, names, strict=True):
+    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         rows = run.of_kind("generate")
-        for key, what in (("tokens", name), ("base_tokens", f"{name}, base")):
+        for key, what, base_of in (("tokens", name, None), ("base_tokens", f"{name}, base", place)):
             steps, values = series(rows, key)
-            if steps:
-                lines.append(Curve(what, held_out_steps=steps, held_out=values))
-    return [curves("generated-length", "Length of answers", "tokens, mean over prompts", lines)] if lines else []
+            lines.append(Curve(what, held_out_steps=steps, held_out=values, base_of=base_of))
+    if not any(len(line.held_out) for line in lines):
+        return []
+    return [curves("generated-length", "Length of answers", "tokens, mean over prompts", lines)]
 
 
 def overview(runs: Sequence[RunFiles]) -> dict[str, Any]:

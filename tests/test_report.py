@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sampo_cli.charts import Curve, curves, scatter, smoothed, svg
+from sampo_cli.charts import PALETTE, Curve, curves, scatter, smoothed, svg
 from sampo_cli.errors import UsageError
 from sampo_cli.length_bias import BUCKETS
 from sampo_cli.lock import held
@@ -194,3 +195,13 @@ def test_svg_is_well_formed_and_takes_the_pages_colours() -> None:
 
 def test_a_line_through_pairs_of_one_gap_is_flat() -> None:
     assert scatter("x", "x", {"a": ([3, 3], [1, 2])}, "y").rows == [["a", "2", "+0", "+1.5"]]
+
+
+def test_a_base_is_drawn_dashed_in_its_runs_colour() -> None:
+    """Two runs and the base of the second: two colours of the palette, and no third."""
+    dots = {"held_out_steps": [0, 1], "held_out": [80, 90]}
+    text = svg(curves("x", "t", "tokens", [Curve("a", **dots), Curve("b", **dots), Curve("b, base", **dots, base_of=1)]))
+    found = {color for color in PALETTE if color.lower() in text.lower()}
+    assert found == set(PALETTE[:2])
+    dashed = re.findall(r'stroke-dasharray: [^;"]+[^"]*?stroke: (#[0-9a-f]{6})', text)
+    assert set(dashed) == {PALETTE[1].lower()}
