@@ -200,7 +200,9 @@ def test_a_line_through_pairs_of_one_gap_is_flat() -> None:
 def test_a_base_is_drawn_dashed_in_its_runs_colour() -> None:
     """Two runs and the base of the second: two colours of the palette, and no third."""
     dots = {"held_out_steps": [0, 1], "held_out": [80, 90]}
-    text = svg(curves("x", "t", "tokens", [Curve("a", **dots), Curve("b", **dots), Curve("b, base", **dots, base_of=1)]))
+    text = svg(
+        curves("x", "t", "tokens", [Curve("a", **dots), Curve("b", **dots), Curve("b, base", **dots, base_of=1)])
+    )
     found = {color for color in PALETTE if color.lower() in text.lower()}
     assert found == set(PALETTE[:2])
     dashed = re.findall(r'stroke-dasharray: [^;"]+[^"]*?stroke: (#[0-9a-f]{6})', text)
