@@ -38,7 +38,7 @@ class View:
 
 VIEWS = (
     View("report-light", 1200, 1130),
-    View("report-dark", 1200, 1130, dark=True, top=1310),
+    View("report-dark", 1200, 1130, dark=True, top=1225),
     View("report-phone", 390, 844, scale=2),
 )
 
