@@ -1,4 +1,4 @@
-"""What the documentation site needs beside docs/: pages of the files at the top of the checkout, and links to them.
+"""What the documentation site needs beside docs/: files at the top of the checkout as pages, recipes, links to them.
 
 mkdocs calls these (mkdocs.yml, `hooks`). Pages are written for the code host, where `../CONTRIBUTING.md` leads out of
 docs/; in the site those files are pages of their own.
@@ -18,10 +18,12 @@ TOP_LINKS = TOP_FILES | {"README.md": "index.md"}
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the files at the top as pages."""
+    """Add the files at the top as pages, and the recipes as they are."""
     for name, page in TOP_FILES.items():
         text = from_top((ROOT / name).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=text))
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
@@ -29,7 +31,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links out of docs/ to the pages that those files are here."""
     for name, page in TOP_LINKS.items():
         markdown = re.sub(rf"\]\(\.\./{re.escape(name)}(#[^)]*)?\)", rf"]({page}\1)", markdown)
-    return markdown
+    return markdown.replace("](../recipes/", "](recipes/")
 
 
 def from_top(markdown: str) -> str:
