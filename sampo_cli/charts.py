@@ -112,7 +112,8 @@ def _draw_curve(axes: Axes, run: Curve, color: str) -> None:
         axes.plot(run.steps, smoothed(run.values), color=color, linewidth=1.8, label=run.run)
     if len(run.held_out):
         label = f"{run.run}{_kinds(run)[-1]}"
-        look = {"linestyle": "--", "alpha": 0.8} if run.base_of is not None else {"marker": "o", "markersize": 4.5}
+        base: dict[str, Any] = {"linestyle": "--", "alpha": 0.8}
+        look = {"marker": "o", "markersize": 4.5} if run.base_of is None else base
         axes.plot(run.held_out_steps, run.held_out, color=color, linewidth=1, label=label, **look)
 
 
