@@ -163,7 +163,7 @@ def _run(arguments: Any, outcome: list[BaseException]) -> None:
         outcome.append(error)
 
 
-KINDS = {kind.exit_code: kind for kind in SampoError.__subclasses__()}
+KINDS = {kind.exit_code: kind for kind in SampoError.__subclasses__() if kind is not Interrupted}
 """What a process raised, by its exit code."""
 
 

@@ -17,7 +17,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from sampo_cli import launch, metrics
-from sampo_cli.errors import ExitCode, SampoError, UsageError
+from sampo_cli.errors import DataError, ExitCode, Interrupted, UsageError
 from sampo_cli.joining import UNSUPPORTED
 from tests import tiny
 
@@ -74,20 +74,41 @@ def test_one_launcher_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launch.is_wanted(2, None)
 
 
+def test_what_a_process_told_is_raised_again() -> None:
+    """Of its kind and with its exit code; the launcher ended the other, which is not what went wrong."""
+    told = {"code": 3, "message": "process 2 of 2: row 7", "hint": "look at it"}
+    found = launch._failure(failed({1: 3, 0: -15}), told)
+    assert (type(found), found.message, found.hint) == (DataError, "process 2 of 2: row 7", "look at it")
+    stopped = launch._failure(failed({0: 143, 1: 143}), {"code": 143, "message": "stopped after step 4", "hint": None})
+    assert (type(stopped), stopped.exit_code) == (Interrupted, ExitCode.TERMINATED)
+
+
 @pytest.mark.parametrize(
-    ("codes", "expected"),
-    [({0: 3, 1: 3}, 3), ({1: 6, 0: -15}, 6), ({0: -2}, 130), ({1: 77}, 1)],
-    ids=["said", "the first is ended by the launcher", "Ctrl-C before anybody listens", "a code that is none of ours"],
+    ("codes", "code", "message"),
+    [
+        ({1: -9, 0: 1}, 1, "process 2 was killed by SIGKILL"),
+        ({0: -2}, 130, "stopped before the first step"),
+        ({0: 4}, 4, "a process ended with exit code 4"),
+        ({0: 77}, 1, "a process ended with exit code 77"),
+    ],
 )
-def test_the_exit_code_is_that_of_the_first_to_fail(codes: dict[int, int], expected: int) -> None:
-    assert launch._exit_code(failed(codes)) == expected
+def test_what_a_process_could_not_tell(codes: dict[int, int], code: int, message: str) -> None:
+    found = launch._failure(failed(codes), {})
+    assert (found.exit_code, found.message) == (code, message)
 
 
-def test_a_process_that_was_killed_cannot_say_so_itself() -> None:
-    with pytest.raises(SampoError, match="process 2 was killed by SIGKILL"):
-        launch._exit_code(failed({1: -9, 0: -15}))
-    with pytest.raises(SampoError, match="accelerate's launcher failed: no port"):
-        launch._exit_code(OSError("no port"))
+def test_a_launcher_that_fails_itself() -> None:
+    assert launch._failure(OSError("no port"), {}).message == "accelerate's launcher failed: no port"
+
+
+def test_words_ask_for_what_arguments_ask_for() -> None:
+    asked = {"model": Path("m"), "data": ["a", "b"], "epochs": 2.0, "seed": None, "quiet": True, "dry_run": False}
+    asked |= {"settings": {"train.scheduler": "cosine", "train.max_steps": None}, "num_processes": 2}
+    assert launch.words_of("train", asked) == [
+        *("train", "--model", "m", "--data", "a", "--data", "b", "--epochs", "2.0", "--quiet"),
+        *("--set", 'train.scheduler="cosine"', "--set", "train.max_steps=null"),
+    ]
+    assert launch.words_of("train", {"settings": ["a.b=c"]}) == ["train", "--set", "a.b=c"]
 
 
 def failed(codes: dict[int, int]) -> BaseException:
@@ -143,6 +164,7 @@ def test_ctrl_c_reaches_all_and_torchrun_goes_on(start: Start, tmp_path: Path) -
     assert stdout == ""
     assert said.count("stopped after step") == said.count("finishing this step") == 1
     assert "Traceback" not in said
+    assert "hint: go on with: sampo train --resume" in said
     steps = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]["done"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     again = start(*torchrun, resume=True, more=("--set", "train.epochs=null", "--max-steps", str(steps + 2), "--json"))
