@@ -84,7 +84,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         adding = (now() - started) / REPEATS
     found = {"seconds": seconds[1:], "positions": positions[1:], "adding": adding}  # the first step warms up
     memory = memory_bytes(trainer.accelerator.device)
-    sizes = {"memory": memory, "adapter_bytes": 4 * facts.trainable_parameters, "dtype": facts.dtype}
+    sizes = {
+        "memory": memory,
+        "adapter_bytes": 4 * facts.trainable_parameters,
+        "dtype": facts.dtype,
+        "layout": facts.layout,
+    }
     return {**found, **sizes, "device": facts.device}
 
 
@@ -106,9 +111,9 @@ def run_processes(count: int, words: Sequence[str]) -> list[dict[str, Any]]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def loads(arguments: argparse.Namespace, count: int) -> np.ndarray:
+def loads(arguments: argparse.Namespace, count: int, layout: Any) -> np.ndarray:
     """Positions of the busiest process in each timed step, [steps], as `feed.py` splits and cuts them."""
-    from sampo_cli.batch import micro_batches, shares
+    from sampo_cli.batch import Pair, micro_batches, shares
     from sampo_cli.plan import make_plan, resolve_recipe
     from sampo_cli.rounds import Schedule
 
@@ -116,11 +121,16 @@ def loads(arguments: argparse.Namespace, count: int) -> np.ndarray:
     recipe = resolve_recipe({**sections, "data": {"sources": [arguments.data], "eval_fraction": 0.0}})
     plan = make_plan(recipe, Silent())
     schedule = Schedule(plan.train, recipe)
+
+    def computed(group: list[Pair]) -> int:
+        rows = [length for pair in group for length in pair.row_lengths(layout)]
+        return len(rows) * max(rows)
+
     most = []
     for step in range(1, arguments.steps + 1):
-        parts = shares([plan.dataset[index] for index in schedule.pairs(step, 0)[0]], count)
-        plans = [micro_batches(part, arguments.tokens) for part in parts]
-        most.append(max(sum(len(g) * max(p.row_lengths("shared")[0] for p in g) for g in plan) for plan in plans))
+        parts = shares([plan.dataset[index] for index in schedule.pairs(step, 0)[0]], count, layout)
+        plans = [micro_batches(part, arguments.tokens, layout) for part in parts]
+        most.append(max(sum(map(computed, plan)) for plan in plans))
     return np.array(most)
 
 
@@ -135,21 +145,22 @@ def predict(pace: float, adding: float, positions: np.ndarray, count: int) -> fl
 
 def report(arguments: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     (one,), two = run_processes(1, words), run_processes(2, words)
+    layout = one["layout"]
     pace = sum(one["seconds"]) / sum(one["positions"])
     adding = max(each["adding"] for each in two)
     measured = float(np.max([each["seconds"] for each in two], axis=0).sum())
-    alone = predict(pace, adding, loads(arguments, 1), 1)
+    alone = predict(pace, adding, loads(arguments, 1, layout), 1)
     rows = []
     for count in arguments.processes:
-        positions = loads(arguments, count)
+        positions = loads(arguments, count, layout)
         seconds = predict(pace, adding, positions, count)
-        busy = float(loads(arguments, 1).sum() / (count * positions.sum()))
+        busy = float(loads(arguments, 1, layout).sum() / (count * positions.sum()))
         rows.append({"processes": count, "seconds": seconds, "speed-up": alone / seconds, "busy": busy})
-    predicted = predict(pace, adding, loads(arguments, 2), 2)
+    predicted = predict(pace, adding, loads(arguments, 2, layout), 2)
     check = {"predicted": predicted, "measured": measured, "one measured": sum(one["seconds"])}
     memory = {"one": one["memory"], "each of two": max(each["memory"] for each in two)}
     costs = {"milliseconds a position": 1e3 * pace, "milliseconds to add gradients up": 1e3 * adding}
-    facts = {key: one[key] for key in ("adapter_bytes", "dtype", "device")}
+    facts = {key: one[key] for key in ("adapter_bytes", "dtype", "device", "layout")}
     facts["command"] = shlex.join(["python", "-m", "benchmarks.scaling", *words])
     return {"costs": costs, "rows": rows, "check": check, "memory": memory, **facts, "machine": machine()}
 

@@ -95,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     bars = sys.stderr.isatty() and "--quiet" not in words and not beside_another()
     _tame_libraries(debug="--debug" in words, bars=bars)
     try:
-        app(words, obj=words)
+        app(words)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:

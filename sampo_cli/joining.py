@@ -71,7 +71,8 @@ def joined() -> Iterator[None]:
     try:
         yield
         wait()
-        HERE.done = True
+        HERE.done.set()
+        watch.join()
         _leave_together()
     except (Exception, KeyboardInterrupt) as error:
         _fail(error)
@@ -158,14 +159,12 @@ def _close() -> None:
 
 def _watch(store: Any) -> None:
     """End this process some time after another has failed: it may wait for that one in the middle of a collective."""
-    while not HERE.done:
-        time.sleep(LOOK_SECONDS)
+    while not HERE.done.wait(LOOK_SECONDS):
         try:
             found = HERE.failed(store)
         except RuntimeError:  # who kept the store is gone
             found = -1, int(ExitCode.FAILURE)
-        if found and found[0] != HERE.rank and not HERE.done:
-            time.sleep(GRACE_SECONDS)
+        if found and found[0] != HERE.rank and not HERE.done.wait(GRACE_SECONDS):
             with suppress(Exception):
                 HERE.last_words()
                 store.set(_OVER, "")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,12 +36,13 @@ class Ranks:
     Attributes:
         store: what the launcher keeps for them, or None where there is one process.
         talk: a gloo group, for what is not on a device.
-        done: all have come to the end of what they do together.
+        done: set once all have come to the end of what they do together.
         last_words: see `on_loss`.
     """
 
     def __init__(self) -> None:
-        self.rank, self.count, self.on_machine, self.done = 0, 1, 0, False
+        self.rank, self.count, self.on_machine = 0, 1, 0
+        self.done = threading.Event()
         self.store: Any = None
         self.talk: Any = None
         self.last_words: Callable[[], object] = lambda: None

