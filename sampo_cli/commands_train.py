@@ -75,8 +75,12 @@ def train(
     gpu_memory: Annotated[
         Optional[str], option("--gpu-memory", "With --dry-run: for a card of so much memory.", RUN, "24GB")
     ] = None,
-    num_processes: Annotated[Optional[int], option("--num-processes", "One for each GPU.", RUN, "N", min=1)] = None,
-    accelerate_config: Annotated[Optional[str], option("--accelerate-config", "How they share.", RUN, "FILE")] = None,
+    num_processes: Annotated[
+        Optional[int], option("--num-processes", "Processes, one for each GPU.", RUN, "N", min=1)
+    ] = None,
+    accelerate_config: Annotated[
+        Optional[str], option("--accelerate-config", "How they work together: an accelerate config.", RUN, "NAME|PATH")
+    ] = None,
     settings: Set = None,
     quiet: Quiet = False,
     as_json: Json = False,
