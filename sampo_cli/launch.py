@@ -220,12 +220,13 @@ def _signals_handed_on() -> Iterator[None]:
     def hand_on(number: int, _frame: FrameType | None) -> None:
         children = psutil.Process().children()
         if not children:
-            sys.exit(128 + number)
+            raise Interrupted("stopped before the first step", exit_code=ExitCode(128 + number))
         for child in children:
             with suppress(psutil.Error):
                 child.send_signal(number)
 
-    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    ours = threading.current_thread() is threading.main_thread()  # Python hands signals to no other
+    caught = [number for number in SIGNALS if ours and signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, hand_on) for number in caught}
     try:
         yield
