@@ -34,8 +34,11 @@ FUSED_LAYERS = ("conv1d", "dt_proj", "out_proj", "x_proj")
 HEAD_TOLERANCE = 5e-2
 """Nats per token between our log-probs and those of the model's own logits, which may be rounded once more."""
 
-LEAK_TOLERANCE = 0.1
-"""Share of what an open row changes that a shared row may differ from two rows: rounding in 16 bits, never a leak."""
+LEAK_TOLERANCE = 0.25
+"""Share of what an open row changes that a shared row may differ from two rows: rounding in 16 bits, never a leak.
+
+SmolLM2-135M in bfloat16 comes to 0.11; without its position ids to 0.43, without its mask to 1.
+"""
 
 
 def is_state_space(model_class: type) -> bool:

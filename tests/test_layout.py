@@ -62,11 +62,12 @@ def test_a_state_space_model_falls_back_to_two_rows() -> None:
     torch.testing.assert_close(ours, torch.cat([plain_logps(model, pair) for pair in pairs]), atol=2e-5, rtol=0)
 
 
-def test_a_model_that_ignores_the_mask_is_found_by_its_numbers() -> None:
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_a_model_that_ignores_the_mask_or_the_positions_is_found_by_its_numbers(ignored: str) -> None:
     model = tiny.make_model(tiny.CONFIGS["llama"]())
     body = model.base_model
     forward = body.forward
-    body.forward = wraps(forward)(lambda **inputs: forward(**{**inputs, "attention_mask": None}))
+    body.forward = wraps(forward)(lambda **inputs: forward(**{**inputs, ignored: None}))
     layout, reason = find_layout(Policy(model))
     assert layout == "separate"
     assert "leak" in reason
