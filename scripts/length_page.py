@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sampo_cli import metrics
-from scripts.length_experiment import BASE, METHODS, PARTS, RESULTS, ROOT, SEEDS, SETTING
+from scripts.length_experiment import BASE, METHODS, PARTS, RESULTS, ROOT, SEEDS, SETTING, all_cells
 
 PAGE = ROOT / "docs" / "experiments" / "length.md"
 FIGURE = ROOT / "docs" / "images" / "length.png"
@@ -35,7 +35,7 @@ Lengths = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Results:
-    """Runs by part and method in the order of their seeds, and the base's answers.
+    """Runs by part and method in the order of their seeds, those that are there, and the base's answers.
 
     Attributes:
         lengths: of the answers in tokens, [S, Q] for each part and method.
@@ -47,23 +47,19 @@ class Results:
     base: Lengths
     base_row: dict[str, Any]
 
-    @property
-    def seeds(self) -> int:
-        """How many every part and method has."""
-        return min(len(runs) for runs in self.runs.values())
-
 
 def read_results(path: Path) -> Results:
-    """Raises: SystemExit if the base or a cell of the first seed is not there yet."""
+    """Raises: SystemExit if the base or every run is missing."""
     rows = metrics.read(path)
     found = [row for row in rows if row["method"] == BASE]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for part in PARTS:
         for method in METHODS:
             mine = [row for row in rows if row["method"] == method and row["part"] == part]
-            runs[part, method] = sorted(mine, key=lambda row: row["seed"])
-    if not found or not all(runs.values()):
-        raise SystemExit("the first seed is not complete; run scripts.length_experiment")
+            if mine:
+                runs[part, method] = sorted(mine, key=lambda row: row["seed"])
+    if not found or not runs:
+        raise SystemExit("nothing to show yet; run scripts.length_experiment")
     lengths = {cell: np.array([row["answers"]["tokens"] for row in rows], float) for cell, rows in runs.items()}
     return Results(runs, lengths, np.array(found[0]["answers"]["tokens"], float), found[0])
 
@@ -132,6 +128,8 @@ def spread_table(results: Results) -> str:
     rows = []
     for method in METHODS:
         cells = ("longer", method), ("shorter", method)
+        if not all(cell in results.runs for cell in cells):
+            continue
         kls = [run["pairs"]["kl"]["value"] for cell in cells for run in results.runs[cell]]
         spread = difference(results, *cells)
         rows.append([f"`{method}`", shown(spread), f"{np.mean(kls):.3f}", f"{spread[0] / np.mean(kls) / 100:+.1f}"])
@@ -141,7 +139,12 @@ def spread_table(results: Results) -> str:
 def contrast_table(results: Results) -> str:
     """Each method's answers against DPO's after the same pairs and steps."""
     others = [method for method in METHODS if method != "dpo"]
-    rows = [[part, *(shown(difference(results, (part, method), (part, "dpo"))) for method in others)] for part in PARTS]
+    rows = []
+    for part in PARTS:
+        pairs = [((part, method), (part, "dpo")) for method in others]
+        known = [set(pair) <= results.runs.keys() for pair in pairs]
+        cells = [shown(difference(results, *pair)) if there else "-" for pair, there in zip(pairs, known, strict=True)]
+        rows.append([part, *cells])
     return table(["pairs", *(f"`{method}` minus `dpo`" for method in others)], rows)
 
 
@@ -174,11 +177,10 @@ def tables(results: Results) -> str:
     capped = np.mean([np.mean(run == SETTING.max_new_tokens) for run in [base, *results.lengths.values()]])
     first = next(iter(results.runs.values()))[0]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    counts = sorted({len(runs) for runs in results.runs.values()})
     facts = (
         f"{first['step']} steps of {SETTING.batch_pairs} pairs, learning rate {SETTING.learning_rate:g}; "
-        f"{first['pairs']['pairs']} held-out pairs; {len(base)} prompts. Seeds a row: "
-        f"{' to '.join(map(str, counts))} of {len(SEEDS)}. "
+        f"{first['pairs']['pairs']} held-out pairs; {len(base)} prompts. "
+        f"**{len(seconds)} of the {len(all_cells())} runs are there**, {len(SEEDS)} seeds for each row in the end. "
         f"The base's answers: {base.mean():.0f} tokens ({low:.0f} to {high:.0f}), "
         f"{np.mean(answers['ended']):.0%} end. At the cap of {SETTING.max_new_tokens:,}: {capped:.1%} of all answers. "
         f"{np.mean(seconds):.0f} CPU seconds a run. Python {platform.python_version()}, {packages}."
@@ -201,7 +203,7 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}", encoding="utf-8")
-    print(f"wrote {PAGE} from {results.seeds} whole seeds")
+    print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":

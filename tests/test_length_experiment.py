@@ -1,0 +1,84 @@
+"""The length experiment: which runs are left, and what its page makes of their lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scripts import length_experiment, length_page
+from scripts.length_experiment import BASE, METHODS, PARTS, Cell, all_cells
+
+BASE_TOKENS = [10, 20, 30, 40]
+
+
+def line(cell: Cell | None, longer: int = 0, kl: float = 0.02) -> dict[str, Any]:
+    """A line of results whose answers are all `longer` tokens longer than the base's."""
+    tokens = [count + longer for count in BASE_TOKENS]
+    answers = {"tokens": tokens, "ended": [True] * 4, "repetition": [0.0] * 4}
+    if cell is None:
+        return {"method": BASE, "step": 0, "answers": answers, "cpu_seconds": 1}
+    reward = {"accuracy": {"value": 0.75}, "spearman": {"value": None}}
+    rewards = dict.fromkeys(("sum", "sample", "mean", "own"), reward)
+    pairs = {"pairs": 8, "kl": {"value": kl}, "rewards": rewards}
+    facts = {"seed": cell.seed, "part": cell.part, "method": cell.method, "step": 15, "train_margin": 0.5}
+    return {**facts, "pairs": pairs, "answers": answers, "cpu_seconds": 3}
+
+
+def written(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> length_page.Results:
+    """One seed: answers grow by 6 where chosen is longer, shrink by 2 where it is shorter; SamPO's by one less."""
+    change = {"longer": 6, "shorter": -2, "whole": 0}
+    lines = [line(None)]
+    lines += [line(cell, change[cell.part] - (cell.method == "sampo")) for cell in all_cells() if cell.seed == 0]
+    return length_page.read_results(written(tmp_path / "length.jsonl", lines))
+
+
+def test_cells_that_have_their_line_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = all_cells()[:2]
+    path = written(tmp_path / "length.jsonl", [line(None), line(first)])
+    monkeypatch.setattr(length_experiment, "RESULTS", path)
+    left = length_experiment.pending()
+    assert left[0] == second
+    assert len(left) == 3 * len(PARTS) * len(METHODS) - 1
+    monkeypatch.setattr(length_experiment, "RESULTS", tmp_path / "nothing.jsonl")
+    assert length_experiment.pending() == [None, *all_cells()]
+
+
+def test_lengths_by_hand(results: length_page.Results) -> None:
+    assert results.lengths["longer", "sampo"].tolist() == [[15, 25, 35, 45]]
+    assert length_page.difference(results, ("longer", "dpo"), ("shorter", "dpo")) == (8.0, 8.0, 8.0)
+    assert "| whole | -1 (-1 to -1) | +0 (+0 to +0) | +0 (+0 to +0) |" in length_page.contrast_table(results)
+    row = "| `dpo` | +8 (+8 to +8) | 0.020 | +4.0 |"  # 8 tokens over 0.02 nats: 4 for each hundredth
+    assert row in length_page.spread_table(results)
+    first = length_page.runs_table(results).splitlines()[2]
+    assert first == "| longer | `dpo` | 0.50 | 0.75 | - | 0.020 | +6 (+6 to +6) | 1.00 | 0.00 |"
+
+
+def test_the_interval_covers_seeds_and_prompts() -> None:
+    """Two seeds that differ by 100 in every answer: a mean of 50, and draws that see one of the two only."""
+    group = np.array([[0.0] * 4, [100.0] * 4])
+    assert length_page.interval([group], lambda groups: float(groups[0].mean())) == (50.0, 0.0, 100.0)
+
+
+def test_a_page_of_the_runs_that_are_there(tmp_path: Path) -> None:
+    only = [line(None), line(Cell(0, "longer", "dpo"), 6), line(Cell(1, "longer", "simpo"), 5)]
+    found = length_page.read_results(written(tmp_path / "length.jsonl", only))
+    assert "**2 of the 36 runs are there**" in length_page.tables(found)
+    assert "| longer | - | - | -1 (-1 to -1) |" in length_page.contrast_table(found)
+    assert len(length_page.spread_table(found).splitlines()) == 2
+    with pytest.raises(SystemExit, match="nothing to show yet"):
+        length_page.read_results(written(tmp_path / "base.jsonl", only[:1]))
+
+
+def test_the_figure_is_drawn(results: length_page.Results, tmp_path: Path) -> None:
+    length_page.draw(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
