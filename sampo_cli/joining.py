@@ -59,10 +59,11 @@ def joined() -> Iterator[None]:
     A failure inside ends all of them: the first to fail says why, the others end silently and with its exit code.
 
     Raises:
-        UsageError: there are fewer devices than processes.
+        UsageError: there are fewer devices than processes, or only half of what a launcher leaves.
         SampoError: another process is gone without a word.
     """
     if not started_by_launcher():
+        _refuse_half_a_launcher()
         yield
         return
     _connect()
@@ -76,6 +77,16 @@ def joined() -> Iterator[None]:
         _leave_together()
     except (Exception, KeyboardInterrupt) as error:
         _fail(error)
+
+
+def _refuse_half_a_launcher() -> None:
+    """What is left in the environment of another program would have accelerate wait for processes that do not come."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1") and "LOCAL_RANK" not in os.environ:
+        raise UsageError(
+            f"the environment has WORLD_SIZE={processes} but no LOCAL_RANK: no launcher has started this process",
+            hint="unset WORLD_SIZE, and use --num-processes, torchrun or accelerate launch for several processes",
+        )
 
 
 def _connect() -> None:

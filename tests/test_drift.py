@@ -69,7 +69,7 @@ def test_drift_on_the_pairs_of_the_run(tmp_path: Path, tiny_llama: Path, pairs_f
     assert result.drift is not None
     assert result.drift.texts == "pairs of the run"
     assert result.drift.tokens == sum(dataset.chosen_tokens[:3]) + sum(dataset.rejected_tokens[:3])
-    assert list(result.facts()) == ["model", "weights", "drift"]
+    assert list(result.facts()) == ["model", "weights", "drift", "vllm", "transformers"]
     assert result.facts()["weights"] == "float32, 1 file, 14 layers merged"
     assert json.loads(json.dumps(result.to_dict()))["drift"]["tokens"] == result.drift.tokens
 

@@ -143,6 +143,6 @@ def test_a_bitsandbytes_that_is_not_there_is_reported(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(builtins, "__import__", without)
     check_optimizer(settings("auto"), CPU)
-    with pytest.raises(UsageError, match=r"adamw_8bit does not run on cpu: no such library: \S+$") as refused:
+    with pytest.raises(UsageError, match=r"adamw_8bit does not run on cpu: no such library: \S+\n") as refused:
         check_optimizer(settings("adamw_8bit"), CPU)
     assert "train.optimizer=adamw" in refused.value.hint

@@ -257,7 +257,7 @@ def poisoned(base: Path, folder: Path, *broken: int, held_out: int = 0, **train:
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_llama: Path, tmp_path: Path) -> None:
     trainer = poisoned(tiny_llama, tmp_path / "run", 3, 5)
     with pytest.raises(
-        NumericsError, match=r"step 1: the loss is not finite for 2 of 4 pairs: row [35], row [35]$"
+        NumericsError, match=r"step 1: the loss is not finite for 2 of 4 pairs: row [35], row [35]\n"
     ) as e:
         trainer.train_step([2, 3, 4, 5], 0)
     assert "train.on_nonfinite=skip" in e.value.hint
