@@ -297,6 +297,9 @@ def test_the_command_merges_once(tmp_path: Path, sampo: Callable[..., tuple[int,
     code, stdout, stderr = sampo("merge", adapter, "--gguf", "f16")
     assert (code, stdout) == (ExitCode.USAGE, "")
     assert "already there" in stderr
+    code, _, stderr = sampo("merge", adapter, "--gguf", "bf16", "--dtype", "float32")
+    assert code == ExitCode.USAGE
+    assert "in bfloat16 and not float32" in stderr
     record = tmp_path / "adapter-merged" / "sampo.json"
     record.write_text(json.dumps({"adapter_sha256": "of another"}))
     code, _, stderr = sampo("merge", adapter, "--gguf", "bf16")
