@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sampo_cli.adapter import CONFIG_FILE, PREFIX, RECORD_FILE, WEIGHTS_FILE, Adapter, LoraLayer, read_adapter
 from sampo_cli.checkpoint import whole_folder
-from sampo_cli.disk import check_room, expanded
-from sampo_cli.errors import ModelError, UsageError
+from sampo_cli.disk import check_room
+from sampo_cli.errors import ModelError, NumericsError
 from sampo_cli.merge_write import TOKENIZER_FILES
-from sampo_cli.merging import ADAPTER_CONFIG, DTYPES, resolve_adapter
+from sampo_cli.merging import ADAPTER_CONFIG, check_dtype, new_folder, resolve_adapter
 from sampo_cli.serving import VLLM_RANKS, adapter_commands
 from sampo_cli.trust import check_inside, files_like
 
@@ -58,20 +58,18 @@ def export_adapter(source: Path, *, output: Path | None = None, dtype: str = "bf
         UsageError: an unknown dtype, or an output folder that is not empty.
         ModelError: no adapter, or one that vLLM cannot load: DoRA, an embedding, an adapter upon another one, a rank
             above 512.
+        NumericsError: a weight that is not finite in that dtype.
         SampoError: no room on the disk.
     """
     from safetensors.torch import save_file
 
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: not known", hint=f"one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     folder = resolve_adapter(source)
-    output = expanded(output) if output else _default_output(folder)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is already there", hint="give another --output, or delete it")
+    output = new_folder(output or _default_output(folder))
     adapter = read_adapter(folder)
     base = _check(adapter)
     settings, layers = uniform(adapter)
-    tensors = _tensors(layers, getattr(torch, dtype))
+    tensors = _tensors(layers, dtype)
     others = [path for pattern in (*TOKENIZER_FILES, RECORD_FILE) for path in files_like(pattern, folder)]
     for path in others:
         check_inside(path, folder)
@@ -133,9 +131,12 @@ def uniform(adapter: Adapter) -> tuple[dict[str, Any], dict[str, LoraLayer]]:
     return {**settings, **plain}, layers
 
 
-def _tensors(layers: dict[str, LoraLayer], dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(layers: dict[str, LoraLayer], dtype: str) -> dict[str, Tensor]:
     found = {}
     for name, layer in layers.items():
         for part, tensor in (("A", layer.a), ("B", layer.b)):
-            found[f"{PREFIX}{name}.lora_{part}.weight"] = tensor.to(dtype).contiguous()
+            key = f"{PREFIX}{name}.lora_{part}.weight"
+            found[key] = tensor.to(getattr(torch, dtype)).contiguous()
+            if not torch.isfinite(found[key]).all():
+                raise NumericsError(f"'{key}' is not finite in {dtype}", hint="try --dtype float32, or train again")
     return found

@@ -74,8 +74,8 @@ def sweep(
     from sampo_cli.disk import expanded
     from sampo_cli.lock import held
     from sampo_cli.options import recipe_tree
-    from sampo_cli.plan import check_trackers, resolve_recipe
-    from sampo_cli.sweep_plan import check_folder, default_folder, plan_runs, read_axes, write_plan
+    from sampo_cli.plan import check_trackers, folder_of, resolve_recipe
+    from sampo_cli.sweep_plan import check_folder, plan_runs, read_axes, write_plan
     from sampo_cli.sweep_runs import command_of, commands_to_run, run_all
 
     axes = read_axes(settings or {})
@@ -83,7 +83,7 @@ def sweep(
     tree = recipe_tree(text(recipe), flags, {key: values[0] for key, values in axes.items()})
     first = resolve_recipe(tree)
     check_trackers(first)
-    place = expanded(text(output) or first.output.dir or default_folder(first))
+    place = expanded(text(output) or first.output.dir or folder_of(first, "sweep-{model}-{data}"))
     place = place.absolute() if print_commands else place  # a scheduler starts them anywhere
     check_folder(place)
     shared, runs = plan_runs(tree, axes, place)

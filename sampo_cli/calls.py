@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -17,6 +18,9 @@ from sampo_cli.ranks import beside_another
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+libraries_warn: ContextVar[bool] = ContextVar("libraries_warn", default=False)
+"""Whether their warnings are shown, as `--debug` asks for."""
 
 Place = str | Path
 """A file, a folder or a name on the Hub."""
@@ -58,7 +62,10 @@ def frees_models(function: Callable[Parameters, Result]) -> Callable[Parameters,
 
 @contextmanager
 def _tamed() -> Iterator[None]:
-    """Inside, libraries do not warn of what only they can change."""
+    """Inside, libraries do not warn of what only they can change, unless they are to."""
+    if libraries_warn.get():
+        yield
+        return
     logs = [logging.getLogger(name) for name in ("bitsandbytes", "gguf")]
     levels = [log.level for log in logs]
     for log in logs:

@@ -27,6 +27,7 @@ from sampo_cli import (
     commands_train,
     console,
 )
+from sampo_cli.calls import libraries_warn
 from sampo_cli.errors import ExitCode, shown_failure
 from sampo_cli.ranks import beside_another
 from sampo_cli.secrets_scan import mask
@@ -84,6 +85,7 @@ def _tame_libraries(*, debug: bool, bars: bool) -> None:
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+    libraries_warn.set(debug)
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from sampo_cli import api_models, completion, console
+from sampo_cli import api_models, console
 from sampo_cli.api_models import SIDES
 from sampo_cli.errors import SampoError, UsageError, nearest
-from sampo_cli.options import MODEL, RUN, Debug, Json, Quiet, Set, option
+from sampo_cli.options import RUN, Debug, Json, Quiet, Set, SubjectAdapter, SubjectName, SubjectQuantization, option
 from sampo_cli.trust import CONTROL
 
 if TYPE_CHECKING:
@@ -29,22 +29,9 @@ HELP = {
 
 
 def chat(
-    subject: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.", autocompletion=completion.runs)
-    ],
-    adapter: Annotated[
-        Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL, offers=completion.runs)
-    ] = None,
-    quantization: Annotated[
-        Optional[str],
-        option(
-            "--quantization",
-            "Of the base, if not as trained.",
-            MODEL,
-            "nf4|int8|none",
-            completion.choices("model.quantization"),
-        ),
-    ] = None,
+    subject: SubjectName,
+    adapter: SubjectAdapter = None,
+    quantization: SubjectQuantization = None,
     prompt: Annotated[Optional[str], option("--prompt", "Answer this and leave; - for stdin.", RUN, "TEXT")] = None,
     side: Annotated[
         Literal["adapter", "base", "both"] | None, option("--side", "Who answers; the adapter if there is one.", RUN)

@@ -7,28 +7,27 @@ from typing import Annotated, Optional
 import typer
 
 from sampo_cli import api_models, completion, console
-from sampo_cli.options import DATA, MODEL, RUN, Debug, Json, Quiet, Set, asked_for, option
+from sampo_cli.options import (
+    DATA,
+    RUN,
+    Debug,
+    Json,
+    Quiet,
+    Set,
+    SubjectAdapter,
+    SubjectName,
+    SubjectQuantization,
+    asked_for,
+    option,
+)
 
 ANSWERS, BENCHMARKS = "Answers", "Benchmarks"
 
 
 def evaluate(
-    subject: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.", autocompletion=completion.runs)
-    ],
-    adapter: Annotated[
-        Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL, offers=completion.runs)
-    ] = None,
-    quantization: Annotated[
-        Optional[str],
-        option(
-            "--quantization",
-            "Of the base, if not as trained.",
-            MODEL,
-            "nf4|int8|none",
-            completion.choices("model.quantization"),
-        ),
-    ] = None,
+    subject: SubjectName,
+    adapter: SubjectAdapter = None,
+    quantization: SubjectQuantization = None,
     data: Annotated[
         Optional[list[str]], option("--data", "Pairs, instead of the run's held-out ones; repeatable.", DATA)
     ] = None,

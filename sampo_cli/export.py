@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sampo_cli.checkpoint import whole_folder
 from sampo_cli.disk import check_room, expanded, megabytes
 from sampo_cli.errors import UsageError, nearest
-from sampo_cli.fingerprint import adapter_digest, merged_from, read_header, weight_files
+from sampo_cli.fingerprint import adapter_digest, merged_from, read_header, read_json, weight_files
 from sampo_cli.llama_cpp_tools import INSTALL_QUANTIZER, Tools, convert, find_tools, quantize
 from sampo_cli.merging import MergeResult, default_output, merge, resolve_adapter
 from sampo_cli.serving import gguf_commands, model_commands
@@ -90,21 +90,23 @@ def export_gguf(
     *,
     llama_cpp: Path | None = None,
     output: Path | None = None,
+    dtype: str = "bfloat16",
     note: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Export:
     """Merge a run's adapter, or an adapter's folder, and write a GGUF file of it.
 
-    A model that was merged from this adapter before is not merged again.
+    A model that was merged from this adapter into that dtype before is not merged again.
 
     Args:
         kind: a key of `BITS`.
         llama_cpp: a folder with llama.cpp's converter and quantizer; those on the PATH if None.
+        dtype: of the merged model.
         note: told what is being done.
-        options: for `merge`.
+        options: more for `merge`.
 
     Raises:
-        UsageError: an unknown type, one that a tool is missing for, or a file that is there already.
+        UsageError: an unknown type, one that a tool is missing for, or a file or another model that is there already.
         ModelError: a model that cannot be written as GGUF; the merged one is kept.
         SampoError: a tool that failed, no room on the disk.
         and what `merge` raises.
@@ -119,7 +121,10 @@ def export_gguf(
     merged = None
     if merged_from(model) != adapter_digest(adapter):
         note(f"merging into {model}")
-        merged = merge(source, output=output, **options)
+        merged = merge(source, output=output, dtype=dtype, **options)
+    elif (there := read_json(model / "config.json").get("dtype")) != dtype:
+        hint = f"take it with --dtype {there}, give another --output, or delete it"
+        raise UsageError(f"{model} is already there, in {there} and not {dtype}", hint=hint)
     file = write(
         model,
         target,

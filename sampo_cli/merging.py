@@ -101,12 +101,9 @@ def merge(
         NumericsError: a merged weight that is not finite.
         SampoError: no room on the disk.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: not known", hint=f"one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     adapter_folder = resolve_adapter(source)
-    output = expanded(output) if output else default_output(adapter_folder)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is already there", hint="give another --output, or delete it")
+    output = new_folder(output or default_output(adapter_folder))
     from sampo_cli.adapter import read_adapter
     from sampo_cli.merge_plan import load_skeleton, make_plan
     from sampo_cli.merge_write import copy_files, files_to_copy, total_size, write_config, write_shard
@@ -142,6 +139,20 @@ def merge(
         if base is not None and not adapter.record.get("base_fingerprint")
     )
     return MergeResult(output, len(files), len(plan.updates), dtype, drift, note, warnings)
+
+
+def check_dtype(name: str) -> None:
+    """Raises UsageError for what is none of `DTYPES`."""
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name}: not known", hint=f"one of {', '.join(DTYPES)}")
+
+
+def new_folder(output: Path) -> Path:
+    """The folder to write; raises UsageError where something is there."""
+    output = expanded(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} is already there", hint="give another --output, or delete it")
+    return output
 
 
 def resolve_adapter(source: Path) -> Path:

@@ -53,6 +53,22 @@ Quiet = Annotated[bool, option("--quiet", "Only warnings and errors.", RUN)]
 Json = Annotated[bool, option("--json", "The result as JSON on stdout.", RUN)]
 Debug = Annotated[bool, option("--debug", "Show the traceback of an error.", RUN)]
 
+SubjectName = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter or a model.", autocompletion=completion.runs)
+]
+SubjectAdapter = Annotated[
+    Optional[str], option("--adapter", "Of a run or a folder, on MODEL.", MODEL, offers=completion.runs)
+]
+SubjectQuantization = Annotated[
+    Optional[str],
+    option(
+        "--quantization",
+        "Of the base, if not as trained.",
+        MODEL,
+        "nf4|int8|none",
+        completion.choices("model.quantization"),
+    ),
+]
 
 PRINTING = ("as_json", "debug")
 """Parameters of commands that only decide what is printed."""

@@ -23,7 +23,7 @@ from sampo_cli.batch import Draw
 from sampo_cli.config import Recipe, resolve, validate
 from sampo_cli.data_report import Token, token_view
 from sampo_cli.dataset import PairDataset, prepare, split
-from sampo_cli.disk import expanded
+from sampo_cli.disk import existing, expanded
 from sampo_cli.early_stopping import kind_of
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.journal import METRICS_FILE, TEXTS_FILE
@@ -187,14 +187,29 @@ def inspect_pair(the_plan: Plan, row: int | None = None) -> tuple[list[Token], s
     return token_view(pair, the_plan.tokenizer, keep), dataset.location(index)
 
 
+def folder_of(recipe: Recipe, form: str) -> Path:
+    """outputs/ and `form` with {model}, {method} and {data}, each without what a file's name should not have."""
+    model, data = Path(recipe.model.name).name, Path(recipe.data.sources[0].partition(":")[0]).name
+    names = {"model": model, "method": recipe.method.name, "data": data.partition(".jsonl")[0]}
+    plain = {key: re.sub(r"[^A-Za-z0-9._]+", "-", name) for key, name in names.items()}
+    return Path("outputs") / form.format(**plain).strip("-.")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Stop where a folder cannot be written, or not be made.
+
+    Raises:
+        UsageError: it, or the nearest above it that is there, is no folder or not ours to write into.
+    """
+    place = existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(f"{folder}: {place} is no folder that can be written", hint="give another --output")
+
+
 def new_folder(recipe: Recipe) -> Path:
     """Where the run goes: `output.dir`, or outputs/<model>-<method>-<data>. Refused if something is there."""
-    parts = (Path(recipe.model.name).name, recipe.method.name, Path(recipe.data.sources[0].split(":")[0]).name)
-    slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part.split(".jsonl")[0]) for part in parts).strip("-.")
-    folder = expanded(recipe.output.dir) if recipe.output.dir else Path("outputs") / slug
-    parent = next(place for place in folder.absolute().parents if place.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"the run folder cannot be made: {parent} is no folder that can be written", hint="--output")
+    folder = expanded(recipe.output.dir) if recipe.output.dir else folder_of(recipe, "{model}-{method}-{data}")
+    refuse_unwritable(folder)
     if folder.is_dir():
         refuse_held(folder)
     if folder.exists() and not is_free(folder):

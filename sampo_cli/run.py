@@ -168,7 +168,7 @@ def _train(trainer: Trainer, record: Record, view: RunView) -> dict[str, Any]:
             if ranks.is_first():
                 finish(trainer, record.plan, record.facts, run)
             summary = record.write("finished")
-            if ranks.is_first():
+            if trainer.accelerator.trackers:
                 track_tables(trainer.accelerator, final_tables(summary, run), trainer.progress.step, view.note)
     except BaseException as error:
         record.leave("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")

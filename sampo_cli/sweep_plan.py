@@ -23,7 +23,7 @@ from sampo_cli.fingerprint import read_json
 from sampo_cli.lock import LOCK
 from sampo_cli.method_table import find
 from sampo_cli.plain_yaml import parse_yaml
-from sampo_cli.plan import resolve_recipe, with_whole_paths
+from sampo_cli.plan import refuse_unwritable, resolve_recipe, with_whole_paths
 from sampo_cli.settings import put
 
 RECIPE_FILE, PLAN_FILE = "recipe.yaml", "sweep.json"
@@ -161,19 +161,14 @@ def run_name(settings: Mapping[str, Any]) -> str:
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def default_folder(recipe: Recipe) -> Path:
-    """outputs/sweep-<model>-<data>."""
-    parts = ("sweep", Path(recipe.model.name).name, Path(recipe.data.sources[0].partition(":")[0]).name)
-    return Path("outputs") / re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts).partition(".jsonl")[0]).strip("-.")
-
-
 def check_folder(folder: Path) -> None:
     """Stop where a sweep cannot go.
 
     Raises:
-        UsageError: it is a file, or a folder with something else in it.
+        UsageError: it cannot be written, or has something else in it.
     """
-    is_new = not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
+    refuse_unwritable(folder)
+    is_new = not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
     if not is_new and not (folder / PLAN_FILE).is_file():
         raise UsageError(f"{folder} is there and is no sweep", hint="give a new --output")
 

@@ -51,13 +51,13 @@ def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path, note: Note)
     """The trackers of `output.report_to`, open inside and closed afterwards.
 
     Raises:
-        UsageError: one does not start (no login, no network); those before it are closed.
+        UsageError: one does not start (no login, no network); those that have are closed.
     """
     ended = "failed"
     try:
         for name in recipe.output.report_to if ranks.is_first() else ():
             with redirect_stdout(sys.stderr):
-                accelerator.trackers.append(_started(name, recipe, folder))
+                _open(name, recipe, folder, accelerator.trackers)
         with _writers_fail_quietly():
             yield
         ended = "finished"
@@ -71,11 +71,12 @@ def tracking(accelerator: Accelerator, recipe: Recipe, folder: Path, note: Note)
         accelerator.end_training()
 
 
-def _started(name: str, recipe: Recipe, folder: Path) -> Any:
-    """A tracker that runs and has the recipe: as settings by name, and as a text where it keeps texts."""
+def _open(name: str, recipe: Recipe, folder: Path, started: list[Any]) -> None:
+    """Start a tracker, put it among `started`, give it the recipe: settings by name, a text where it keeps texts."""
     tracker = make(name, folder)
     try:
         tracker.start()
+        started.append(tracker)
         tracker.store_init_configuration(settings_of(recipe))
         if name == "tensorboard":
             tracker.log({"recipe": f"```yaml\n{recipe.dump()}```"}, step=0)
@@ -86,7 +87,6 @@ def _started(name: str, recipe: Recipe, folder: Path) -> Any:
     except Exception as error:  # whatever a tracker raises is its own
         hint = HINTS.get(name, "train without it")
         raise UsageError(f"--report-to {name}: {first_line(error)}", hint=hint) from error
-    return tracker
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

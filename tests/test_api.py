@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,23 @@ def test_what_is_known_becomes_a_sampo_error_and_the_rest_stays(raised: BaseExce
         fails()
     assert caught.value is raised or caught.value.__cause__ is raised
     assert type(caught.value) is expected
+
+
+def test_libraries_warn_only_where_they_are_to() -> None:
+    @calls.interface
+    def warns() -> None:
+        warnings.warn("soon", FutureWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        warns()
+        assert heard == []
+        token = calls.libraries_warn.set(True)
+        try:
+            warns()
+        finally:
+            calls.libraries_warn.reset(token)
+    assert [str(warning.message) for warning in heard] == ["soon"]
 
 
 def test_a_run_in_another_thread(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:

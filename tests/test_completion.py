@@ -12,11 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from sampo_cli import completion
+from sampo_cli import commands_eval, commands_share, completion
 from sampo_cli.config import Recipe
+from sampo_cli.export import BITS
+from sampo_cli.merging import DTYPES
 from sampo_cli.method_table import METHODS
 from sampo_cli.recipe_files import shipped_recipes
 from sampo_cli.settings import apply_settings
@@ -116,8 +119,13 @@ def test_names_are_those_of_the_program() -> None:
     assert sorted(completion.METHODS) == sorted(METHODS)
     assert [name for name, _ in completion.recipes("no/such/folder")] == list(shipped_recipes())
     assert dict(completion.recipes(""))["quickstart"] == "A first run on a small model, minutes on two CPU cores:"
-    suites = {name for name, _ in completion.words(*SUITES)("")}
-    assert suites == {"sampo-paper", "open-llm-leaderboard"}
+    for command, parameter, known in (
+        (commands_eval.evaluate, "suite", SUITES),
+        (commands_share.merge, "gguf", BITS),
+        (commands_share.merge, "dtype", DTYPES),
+    ):
+        (option,) = get_type_hints(command, include_extras=True)[parameter].__metadata__
+        assert [name for name, _ in option.autocompletion("")] == list(known), parameter
 
 
 def test_every_key_of_a_recipe_is_offered_with_values_that_it_takes() -> None:

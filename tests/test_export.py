@@ -297,6 +297,9 @@ def test_the_command_merges_once(tmp_path: Path, sampo: Callable[..., tuple[int,
     code, stdout, stderr = sampo("merge", adapter, "--gguf", "f16")
     assert (code, stdout) == (ExitCode.USAGE, "")
     assert "already there" in stderr
+    code, _, stderr = sampo("merge", adapter, "--gguf", "bf16", "--dtype", "float32")
+    assert code == ExitCode.USAGE
+    assert "in bfloat16 and not float32" in stderr
     record = tmp_path / "adapter-merged" / "sampo.json"
     record.write_text(json.dumps({"adapter_sha256": "of another"}))
     code, _, stderr = sampo("merge", adapter, "--gguf", "bf16")
@@ -431,6 +434,20 @@ def test_the_exported_adapter_is_in_bfloat16_and_has_the_template(tmp_path: Path
         f"vllm serve {base} --enable-lora --lora-modules 'for vllm={result.output}' --max-lora-rank 8 "
         f"--chat-template '{result.output / 'chat_template.jinja'}'"
     )
+
+
+def test_an_adapter_that_float16_cannot_hold(tmp_path: Path) -> None:
+    """65504 is the largest float16."""
+    from sampo_cli.adapter_export import export_adapter
+
+    _, adapter = base_and_adapter(tmp_path)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(tensor for name, tensor in weights.items() if "q_proj.lora_B" in name)[0, 0] = 7e4
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=r"q_proj.lora_B.weight' is not finite in float16"):
+        export_adapter(adapter, dtype="float16")
+    assert not (tmp_path / "adapter-only").exists()
+    assert export_adapter(adapter).output.is_dir()  # bfloat16 can
 
 
 @pytest.mark.parametrize(

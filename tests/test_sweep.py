@@ -149,6 +149,9 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is there and is no sweep"):
         sweep(model="m", data="d", settings={"method.beta": [0.1, 0.2]}, output=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    for place in (tmp_path / "mine.txt", tmp_path / "mine.txt" / "sweep"):
+        with pytest.raises(UsageError, match=r"mine\.txt is no folder that can be written"):
+            sweep(model="m", data="d", settings={"method.beta": [0.1, 0.2]}, output=place)
 
 
 def test_what_is_done_for_each_state(tmp_path: Path) -> None:
