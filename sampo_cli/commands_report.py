@@ -30,7 +30,7 @@ def report(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="Folders of runs, shown over each other.", autocompletion=completion.runs
+            metavar="RUN", help="Folders of runs, shown over each other.", autocompletion=completion.runs
         ),
     ],
     output: Annotated[Optional[Path], option("--output", "Where to; the run's own report/ if not given.", RUN)] = None,
