@@ -25,11 +25,11 @@ def print_runs(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
     rows = [_cells(run, folder) for run in found]
     table = Table(box=None, header_style="bold")
     # A column without a value goes: in 80 characters names need its room.
-    columns = [(heading, cells) for heading, cells in zip(RUN_COLUMNS, zip(*rows, strict=True), strict=True) if any(cells)]
-    for heading, _ in columns:
-        table.add_column(heading, overflow="fold", no_wrap=heading not in FOLDED)
-    for cells in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*cells)
+    shown = [place for place in range(len(RUN_COLUMNS)) if any(row[place] for row in rows)]
+    for place in shown:
+        table.add_column(RUN_COLUMNS[place], overflow="fold", no_wrap=RUN_COLUMNS[place] not in FOLDED)
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     stdout.print(table)
     for run in found:
         if "problem" in run:
