@@ -82,7 +82,7 @@ def list_cache(as_json: Json = False, debug: Debug = False) -> None:
 def clear_cache(
     keys: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="[KEY]...", help="Only entries whose keys begin so.", autocompletion=completion.cached),
+        typer.Argument(metavar="KEY", help="Only entries whose keys begin so.", autocompletion=completion.cached),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,

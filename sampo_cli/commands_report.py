@@ -12,7 +12,7 @@ from sampo_cli.options import RUN, Debug, Json, Quiet, option
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look, and below.")] = Path("outputs"),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look, and below.")] = Path("outputs"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -29,9 +29,7 @@ def runs(
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN...", help="Folders of runs, shown over each other.", autocompletion=completion.runs
-        ),
+        typer.Argument(metavar="RUN", help="Folders of runs, shown over each other.", autocompletion=completion.runs),
     ],
     output: Annotated[Optional[Path], option("--output", "Where to; the run's own report/ if not given.", RUN)] = None,
     quiet: Quiet = False,

@@ -16,7 +16,7 @@ def sweep(
     recipe: Annotated[
         Optional[str],
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help="What the runs share: a shipped recipe or a YAML file.",
             autocompletion=completion.recipes,
         ),

@@ -124,5 +124,9 @@ def shown_failure(error: BaseException) -> SampoError:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for a misspelt word, or an empty string where nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = difflib.get_close_matches(word, list(known), cutoff=0.6)
+    if not close:
+        return ""
+    # difflib finds "simpo" as near to "smapo" as "sampo"; letters that changed places are the likelier slip.
+    swapped = (name for name in close if sorted(name) == sorted(word))
+    return f"; did you mean '{next(swapped, close[0])}'?"

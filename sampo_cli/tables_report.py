@@ -12,6 +12,9 @@ from rich.table import Table
 from sampo_cli.console import stdout
 
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "crashed": "red", "broken": "red"}
+RUN_COLUMNS = ("run", "method", "data", "steps", "best\naccuracy", "length\nbias", "answers (base)", "state")
+FOLDED = ("run", "data")
+"""Columns of names, which are as long as people make them; the others stay in one piece."""
 
 
 def print_runs(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -19,13 +22,14 @@ def print_runs(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
     if not found:
         stdout.print(f"no runs in {folder}", markup=False, soft_wrap=True)
         return
+    rows = [_cells(run, folder) for run in found]
     table = Table(box=None, header_style="bold")
-    for heading in ("run", "method", "data", "steps", "best accuracy", "length bias", "answers (base)", "state"):
-        table.add_column(heading, overflow="fold")
-    for run in found:
-        table.add_row(
-            *map(escape, _cells(run, folder)), f"[{COLOURS.get(run['state'], 'yellow')}]{escape(run['state'])}[/]"
-        )
+    # A column without a value goes: in 80 characters names need its room.
+    shown = [place for place in range(len(RUN_COLUMNS)) if any(row[place] for row in rows)]
+    for place in shown:
+        table.add_column(RUN_COLUMNS[place], overflow="fold", no_wrap=RUN_COLUMNS[place] not in FOLDED)
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     stdout.print(table)
     for run in found:
         if "problem" in run:
@@ -45,7 +49,8 @@ def _cells(run: Mapping[str, Any], folder: Path) -> list[str]:
         base = "" if run["base_tokens"] is None else f" ({run['base_tokens']:.0f})"
         lengths = f"{run['generated_tokens']:.0f}{base} tokens"
     data = ", ".join(Path(source).name for source in run.get("data", "").split(", "))
-    return [name, run.get("method", ""), data, steps, accuracy, bias, lengths]
+    plain = [name, run.get("method", ""), data, steps, accuracy, bias, lengths]
+    return [*map(escape, plain), f"[{COLOURS.get(run['state'], 'yellow')}]{escape(run['state'])}[/]"]
 
 
 MEASURES = {

@@ -159,7 +159,7 @@ def value_of(annotation: Any) -> str:
 def command_section(name: str, command: Any) -> str:
     hints = get_type_hints(command.callback)
     arguments = [(p.metavar or p.name.upper(), p) for p in command.params if p.param_type_name == "argument"]
-    words = [f"{word}..." if argument.nargs == -1 else word for word, argument in arguments]
+    words = [usage_word(word, argument) for word, argument in arguments]
     about = (command.help or "").split("\n\n")[0]
     parts = [f"### sampo {name}", sentence(about), f"```text\n{' '.join(['sampo', name, *words])} [OPTIONS]\n```"]
     if arguments:
@@ -170,6 +170,11 @@ def command_section(name: str, command: Any) -> str:
     titles = ("option", "value", "meaning") if name != "train" else ("option", "value", "recipe key", "meaning")
     parts.append(table(titles, rows))
     return "\n\n".join(parts)
+
+
+def usage_word(word: str, argument: Any) -> str:
+    """An argument in a usage line: in brackets where it may be left out, with dots where there may be several."""
+    return (word if argument.required else f"[{word}]") + "..." * (argument.nargs == -1)
 
 
 def option_row(command: str, option: Any, annotation: Any) -> tuple[str, ...]:

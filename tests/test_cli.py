@@ -273,6 +273,7 @@ def test_methods_are_listed_and_shown() -> None:
     assert "@" in shown
     assert {entry["name"] for entry in json.loads(succeeds("methods", "--json").stdout)} == set(METHODS)
     assert "did you mean 'simpo'?" in fails(ExitCode.USAGE, "methods", "simp0")
+    assert "did you mean 'sampo'?" in fails(ExitCode.USAGE, "methods", "smapo")  # simpo has as many letters in common
 
 
 def test_iterations_leave_one_ordinary_adapter(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sampo_cli.length_bias import BUCKETS
 from sampo_cli.lock import held
 from sampo_cli.run_files import find_runs, headline, read_run
 from sampo_cli.run_report import differences, overview, sections_of, write_report
+from sampo_cli.tables_report import print_runs
 
 EVIL = '<script>alert(1)</script> $x_1$ & "q" \' {{ 7 * 7 }}'
 
@@ -167,6 +168,19 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
         list(find_runs(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="not a run's folder"):
         read_run(tmp_path)
+
+
+def test_the_table_of_runs_breaks_names_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs without generated answers have no column for them, and a state stays in one piece at 80 characters."""
+    runs = [write_run(tmp_path / name, state=state) for name, state in (("a" * 30, "interrupted"), ("b", "finished"))]
+    for run in runs:
+        rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(row for row in rows if '"generate"' not in row))
+    print_runs([headline(run) for run in find_runs(tmp_path)], tmp_path)
+    out = capsys.readouterr().out
+    assert "answers" not in out
+    assert "interrupted" in out
+    assert "20/20" in out
 
 
 def test_values_of_other_types_count_as_not_there(tmp_path: Path) -> None:
