@@ -203,7 +203,7 @@ def refuse_unwritable(folder: Path) -> None:
     """
     place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UsageError(f"{folder}: {place} is no folder that can be written", hint="give another --output")
+        raise UsageError(f"{folder} cannot be made: {place} is no folder that can be written", hint="--output another")
 
 
 def new_folder(recipe: Recipe) -> Path:
