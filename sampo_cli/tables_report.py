@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,11 @@ MEASURES = {
 def print_sweep(result: Mapping[str, Any]) -> None:
     """A row for each run, the best first; then where the page is and what to mind."""
     keys = list(result["runs"][0]["settings"])
-    table = Table(box=None, header_style="bold")
-    for heading in (*keys, *(f"{key.replace('_', ' ')}{' ▼' * (key == result['metric'])}" for key in MEASURES)):
-        table.add_column(heading, overflow="fold")
+    table = Table(box=None, header_style="bold", collapse_padding=True, pad_edge=False)
+    for key in keys:
+        table.add_column(re.sub("([._])", r"\1\n", key), overflow="fold")
+    for key in MEASURES:
+        table.add_column(key.replace("_", "\n") + " ▼" * (key == result["metric"]), no_wrap=True)
     table.add_column("state", no_wrap=True)
     for run in result["runs"]:
         settings = [escape(str(run["settings"].get(key, ""))) for key in keys]

@@ -21,6 +21,7 @@ from sampo_cli.plain_yaml import parse_yaml
 from sampo_cli.sweep_compare import caveats, ranked
 from sampo_cli.sweep_plan import CONSENT, PlannedRun, as_text, plan_runs, read_axes, run_name, split_values, write_plan
 from sampo_cli.sweep_runs import command_of, commands_to_run
+from sampo_cli.tables_report import print_sweep
 from tests.test_report import write_run
 from tests.warm import Warm
 
@@ -90,6 +91,15 @@ def test_paths_are_whole_in_commands_and_short_in_names(tmp_path: Path, monkeypa
     _, runs = plan_runs(TREE, {"model.name": ["a", "./b"]}, Path("out"))
     assert [run.name for run in runs] == ["model.name=a", "model.name=.-b"]
     assert [run.words[4] for run in runs] == [f"model.name={tmp_path}/{name}" for name in "ab"]
+
+
+def test_the_table_of_two_axes_fits_80_characters_unbroken(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"loss": 0.69, "accuracy": 0.5, "margin": 0.1, "length_bias": -0.5, "kl_per_token": 0.02}
+    settings = {"method.beta": 0.05, "train.learning_rate": 2e-05}
+    run = {"settings": settings, "folder": "x", "state": "finished", "exit_code": None, "steps": 20, "seconds": 4000}
+    print_sweep({"runs": [run | numbers], "metric": "loss", "notes": [], "report": None})
+    words = capsys.readouterr().out.split()
+    assert {"beta", "learning_", "2e-05", "accuracy", "margin", "seconds", "4,000", "finished"} <= set(words)
 
 
 def test_the_reference_is_cached_where_there_is_one_and_nobody_said_no() -> None:
