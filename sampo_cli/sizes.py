@@ -33,5 +33,9 @@ class Sizes:
 
 def kept_bytes(model: nn.Module) -> int:
     """Of a model's parameters, those that this process keeps."""
-    own = (getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+    kept = 0
+    for parameter in model.parameters():
+        own = getattr(parameter, "_local_tensor", getattr(parameter, "ds_tensor", parameter))  # of FSDP, of ZeRO-3
+        elements = parameter.ds_numel if getattr(parameter, "ds_persist", False) else own.numel()  # small ones stay
+        kept += elements * own.element_size()
+    return kept
