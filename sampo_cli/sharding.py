@@ -25,6 +25,11 @@ def sharing() -> str | None:
     return kind
 
 
+def left_whole() -> bool:
+    """True where the launcher asks for ZeRO-1 or 2, which share out gradients and optimizer."""
+    return ranks.shares_out() == "DEEPSPEED" and not sharing()
+
+
 def is_sharded() -> bool:
     """True where each process keeps a part of the base."""
     return sharing() is not None
@@ -123,6 +128,7 @@ def check(recipe: Recipe) -> None:
     else:
         quantization, elsewhere = model.quantization, "--accelerate-config fsdp-qlora"
         refused = [
+            (train.checkpointing == "selective", "train.checkpointing=selective: it keeps weights as well", "all or none"),
             (quantization != "none", f"model.quantization={quantization}: it shards 16-bit weights", f"none, or {elsewhere}"),
             (recipe.lora.dora, "lora.dora: it reads weights while they are elsewhere", elsewhere),
             (zero_settings()["offload_param"]["device"] == "nvme", "offload_param on NVMe", "cpu or none"),

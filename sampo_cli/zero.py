@@ -29,6 +29,9 @@ COUNTS = (
 """Of a DeepSpeed config's `zero_optimization`, beside `stage` and `offload_param`, what matters to a frozen base."""
 
 
+INSTALL = "pip install 'sampo-cli[deepspeed]'"
+
+
 def zero_settings() -> dict[str, Any]:
     """What the launcher asks of ZeRO, as DeepSpeed's `zero_optimization` names it: `stage`, and of stage 3 the rest.
 
@@ -94,7 +97,7 @@ def _import_deepspeed() -> Any:
     except Exception as error:  # whatever a package that looks for compilers raises
         raise UsageError(
             f"the accelerate config asks for DeepSpeed, which cannot be imported: {error}",
-            hint="pip install 'sampo-cli[deepspeed]', or --accelerate-config fsdp-qlora --quantization none",
+            hint=f"{INSTALL}, or --accelerate-config fsdp-qlora --quantization none",
         ) from error
     return deepspeed
 
