@@ -47,6 +47,7 @@ def zero_settings() -> dict[str, Any]:
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]
         settings |= {key: found[key] for key in (*settings, *COUNTS) if found.get(key, "auto") != "auto"}
+        settings["offload_param"].setdefault("device", "none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"DeepSpeed config {file}: {type(error).__name__}: {error}",
@@ -72,7 +73,7 @@ def partition(body: nn.Module, layers: list[nn.Module], settings: Mapping[str, A
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     plain = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": dict(settings)}
     zero = DeepSpeedConfig(plain).zero_config
-    with _hidden(body, layers):
+    with hidden(body, layers):
         DeepSpeedZeRoOffload(
             body,
             timers=None,
@@ -103,7 +104,7 @@ def _import_deepspeed() -> Any:
 
 
 @contextmanager
-def _hidden(body: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+def hidden(body: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
     """Inside, a model's body has no modules but its layers, those around them, and in them no adapters."""
     around = {module for module in body.modules() if any(layer in set(module.modules()) for layer in layers)}
     seen = around | {module for layer in layers for module in layer.modules()}
