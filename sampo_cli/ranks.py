@@ -164,7 +164,8 @@ def add_gradients(parameters: Sequence[Any]) -> None:
 def shares_out() -> str | None:
     """What the launcher asks to share a model out with, as accelerate names it, or None."""
     kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-    return HERE.sharing or next((kind for kind in kinds if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"), None)
+    asked = (kind for kind in kinds if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true")
+    return HERE.sharing or next(asked, None)
 
 
 def started_by_launcher() -> bool:

@@ -241,7 +241,9 @@ def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
         view.note(f"{sharing()}: each process keeps {facts.kept_bytes:,} of {facts.parameter_bytes:,} bytes")
     elif left_whole():
         most = 12 * facts.trainable_parameters / 2**20  # a gradient and two moments, in float32
-        view.note(f"ZeRO-2: an adapter's gradients and optimizer are small: at most {most:,.0f} MiB, whole in each process")
+        view.note(
+            f"ZeRO-2: gradients and optimizer of an adapter are at most {most:,.0f} MiB, and whole in each process"
+        )
     share = facts.trainable_parameters / facts.total_parameters
     view.note(
         f"adapter: {facts.trainable_parameters:,} trainable parameters ({share:.2%}) in {facts.adapter_layers} layers, "

@@ -1,8 +1,9 @@
 """FSDP and ZeRO-3, as an accelerate config asks for them: each process keeps a part of the frozen base, adapters whole.
 
 What is shared out is what has no gradient, the decoder's layers; torch's FSDP gathers each of them for the moment in
-which it computes, and DeepSpeed each module of them (`zero.py`). Adapters are small and stay whole and float32 in every process, so optimizer, clipping, checkpoints
-and references are what they are without it. Embeddings, head and final norm stay whole as well.
+which it computes, and DeepSpeed each module of them (`zero.py`). Adapters are small and stay whole and float32 in every
+process, so optimizer, clipping, checkpoints and references are what they are without it. Embeddings, head and final
+norm stay whole as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from sampo_cli import ranks
 from sampo_cli.config import Recipe
 from sampo_cli.errors import ModelError, UsageError
 from sampo_cli.zero import partition, zero_settings
+
+Refusal = tuple[object, str, str]
+"""Whether it applies, what is refused, and what to use."""
 
 
 def sharing() -> str | None:
@@ -119,24 +123,34 @@ def check(recipe: Recipe) -> None:
     way = sharing()
     if not way:
         return
-    model, train = recipe.model, recipe.train
-    if way == "FSDP":
-        fsdp_plugin()
-        refused = [
-            (model.quantization == "int8", "model.quantization=int8: 8-bit weights cannot be shared out", "nf4, or none")
-        ]
-    else:
-        quantization, elsewhere = model.quantization, "--accelerate-config fsdp-qlora"
-        refused = [
-            (train.checkpointing == "selective", "train.checkpointing=selective: it keeps weights as well", "all or none"),
-            (quantization != "none", f"model.quantization={quantization}: it shards 16-bit weights", f"none, or {elsewhere}"),
-            (recipe.lora.dora, "lora.dora: it reads weights while they are elsewhere", elsewhere),
-            (zero_settings()["offload_param"]["device"] == "nvme", "offload_param on NVMe", "cpu or none"),
-        ]
-    refused += [
+    train = recipe.train
+    refused: list[Refusal] = [
+        *(_refused_by_fsdp(recipe) if way == "FSDP" else _refused_by_zero3(recipe)),
         (train.generate.prompts, "train.generate: answers differ in length, and all compute together", "sampo eval"),
         (train.offload_activations, "train.offload_activations: weights come and go meanwhile", "more processes"),
     ]
     for applies, what, instead in refused:
         if applies:
             raise UsageError(f"{way} with {what}", hint=f"use {instead}")
+
+
+def _refused_by_fsdp(recipe: Recipe) -> list[Refusal]:
+    fsdp_plugin()
+    int8 = recipe.model.quantization == "int8"
+    return [(int8, "model.quantization=int8: 8-bit weights cannot be shared out", "nf4, or none")]
+
+
+def _refused_by_zero3(recipe: Recipe) -> list[Refusal]:
+    quantization, fsdp = recipe.model.quantization, "--accelerate-config fsdp-qlora"
+    selective, nvme = recipe.train.checkpointing == "selective", zero_settings()["offload_param"]["device"] == "nvme"
+    kept = "train.checkpointing=selective: what it keeps comes between ZeRO's transfers"
+    return [
+        (
+            quantization != "none",
+            f"model.quantization={quantization}: it shares out 16-bit weights",
+            f"none, or {fsdp}",
+        ),
+        (recipe.lora.dora, "lora.dora: it reads the base's weights while they are elsewhere", fsdp),
+        (selective, kept, "all or none"),
+        (nvme, "parameters on NVMe, which was never tried", "offload_param_device: cpu, or none"),
+    ]

@@ -36,6 +36,6 @@ def kept_bytes(model: nn.Module) -> int:
     kept = 0
     for parameter in model.parameters():
         own = getattr(parameter, "_local_tensor", getattr(parameter, "ds_tensor", parameter))  # of FSDP, of ZeRO-3
-        elements = parameter.ds_numel if getattr(parameter, "ds_persist", False) else own.numel()  # small ones stay
-        kept += elements * own.element_size()
+        stays = getattr(parameter, "ds_persist", False)  # ZeRO-3 keeps small ones whole once they are gathered
+        kept += (parameter.ds_numel if stays else own.numel()) * own.element_size()  # type: ignore[attr-defined]
     return kept

@@ -1,7 +1,8 @@
 """DeepSpeed, as an accelerate config asks for it: ZeRO-3 keeps a part of the frozen base in each process.
 
-Only DeepSpeed's partitioning is used, not its engine: adapters stay whole and float32 in every process, unknown to it, so
-optimizer, clipping, checkpoints and references are what they are without it. So do embeddings, head and final norm.
+Only DeepSpeed's partitioning is used, not its engine: adapters stay whole and float32 in every process, unknown to it,
+so optimizer, clipping, checkpoints and references are what they are without it. Embeddings, head and final norm stay
+whole as well.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def zero_settings() -> dict[str, Any]:
     """
     variable = "ACCELERATE_DEEPSPEED_{}".format
     stage = int(os.environ.get(variable("ZERO_STAGE"), "2"))
-    settings = {"stage": stage, "offload_param": {"device": os.environ.get(variable("OFFLOAD_PARAM_DEVICE"), "none")}}
+    offload = os.environ.get(variable("OFFLOAD_PARAM_DEVICE"), "none")
+    settings: dict[str, Any] = {"stage": stage, "offload_param": {"device": offload}}
     file = os.environ.get(variable("CONFIG_FILE"), "none")
     if file == "none":
         return settings

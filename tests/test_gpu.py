@@ -176,7 +176,7 @@ def test_a_run_with_the_paged_optimizer_and_its_resume(tiny_llama: Path, pairs_f
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 @pytest.mark.parametrize("config", ["ddp", "fsdp-qlora", "deepspeed-zero2", "deepspeed-zero3"])
 def test_two_gpus_do_what_one_does(tiny_llama: Path, pairs_file: Path, tmp_path: Path, config: str) -> None:
-    """Over NF4, and ZeRO-3 over bfloat16; through the launcher and NCCL; losses of bfloat16 products in batches of other shapes."""
+    """Over NF4, ZeRO-3 over bfloat16, through the launcher and NCCL; losses of products in batches of other shapes."""
     losses = []
     if config.startswith("deepspeed"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed (the extra 'deepspeed')")

@@ -209,11 +209,11 @@ def all_parts(tmp_path: Path) -> dict[str, str]:
 )
 def test_zero3(place: Place, all_parts: dict[str, str], count: int, flags: tuple[object, ...]) -> None:
     flags = ("--quantization", "none", *flags)
-    name = f"zero-{count}"
-    one, several = place.finish(f"{name}-one", 1, *flags), place.finish(name, count, *flags, environment=[all_parts] * count)
+    one = place.finish(f"zero-{count}-one", 1, *flags)
+    several = place.finish(f"zero-{count}", count, *flags, environment=[all_parts] * count)
     assert_same(several, one)
     with_others, layers = kept(several)
-    assert with_others == pytest.approx((1 - 1 / count) * layers, rel=0.01)  # norms of 64 are in two or three parts, too
+    assert with_others == pytest.approx((1 - 1 / count) * layers, rel=0.01)  # the final norm stays whole; padding
 
 
 @needs_deepspeed
@@ -235,7 +235,7 @@ def test_zero2_is_data_parallel_and_says_what_stays_whole(place: Place) -> None:
     environment = [ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}] * 2
     run = place.finish("zero2", 2, *flags, environment=environment)
     assert_same(run, place.finish("zero2-one", 1, *flags))
-    assert "ZeRO-2: an adapter's gradients and optimizer are small" in (run / "run.log").read_text()
+    assert "ZeRO-2: gradients and optimizer of an adapter are at most" in (run / "run.log").read_text()
 
 
 def test_what_zero_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, all_parts: dict[str, str]) -> None:
@@ -266,10 +266,9 @@ def test_deepspeed_sees_layers_without_adapters_and_all_is_put_back() -> None:
     layers = nn.ModuleList([layer(), layer()])
     body = nn.ModuleDict({"embed": nn.Embedding(3, 2), "layers": layers, "norm": nn.LayerNorm(2)})
     before = list(body.state_dict())
-    with pytest.raises(RuntimeError, match="inside"), hidden(body, list(layers)):
+    with hidden(body, list(layers)):
         seen = {name.removesuffix(".weight") for name in body.state_dict() if name.endswith("weight")}
         assert seen == {"layers.0.proj", "layers.1.proj"}
-        raise RuntimeError("inside")
     assert list(body.state_dict()) == before
 
 
