@@ -70,6 +70,8 @@ def _tamed() -> Iterator[None]:
     levels = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.ERROR)
+    deepspeed = logging.getLogger("DeepSpeed")  # transformers imports it where it is installed, which sets its level
+    deepspeed.addFilter(_is_error)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=Warning if beside_another() else FutureWarning)
@@ -78,6 +80,11 @@ def _tamed() -> Iterator[None]:
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
+        deepspeed.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _release() -> None:

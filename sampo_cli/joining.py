@@ -30,7 +30,6 @@ from sampo_cli.ranks import (
 )
 
 UNSUPPORTED = {
-    "DEEPSPEED": "ZeRO-2 shards gradients and optimizer, small with an adapter; ZeRO-3 shards no 4-bit weights",
     "MEGATRON_LM": "it has models of its own",
 }
 """What a launcher may ask for in vain, and why."""
@@ -99,6 +98,8 @@ def _connect() -> None:
         if beside_another():
             raise SystemExit(int(ExitCode.USAGE))
         raise UsageError(f"{kind} is not supported: {UNSUPPORTED[kind]}", hint=INSTEAD)
+    HERE.sharing = kind
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # accelerate would leave backward and optimizer to its engine
     local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if torch.cuda.is_available() and local >= devices:
         raise UsageError(

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from sampo_cli.ranks import LAUNCHED, started_by_launcher
 from sampo_cli.recipe_files import recipes_folder
 from sampo_cli.remote import first_line
 from sampo_cli.signals import SIGNALS
+from sampo_cli.zero import INSTALL
 
 DEFAULT_CONFIG = "ddp"
 
@@ -133,6 +135,8 @@ def _launcher_arguments(path: Path, processes: int | None, words: Sequence[str])
     if (kind := config.distributed_type.value) in UNSUPPORTED:
         raise UsageError(f"accelerate config {path}: {kind} is not supported: {UNSUPPORTED[kind]}", hint=INSTEAD)
     machines = getattr(config, "num_machines", 1) or 1
+    if kind == "DEEPSPEED":
+        _check_deepspeed(path, config.deepspeed_config, machines)
     devices = torch.cuda.device_count()
     asked = getattr(config, "num_processes", -1)
     total = processes or (asked if asked > 0 else devices * machines)
@@ -152,6 +156,20 @@ def _launcher_arguments(path: Path, processes: int | None, words: Sequence[str])
     if not devices and total > 1 and not (config.fsdp_config or config.deepspeed_config):
         options.append("--multi_gpu")  # `--cpu` knows MPI alone; the launcher for GPUs needs none
     return launch_command_parser().parse_args([*options, "--module", "sampo_cli", *words])
+
+
+def _check_deepspeed(path: Path, settings: Mapping[str, Any], machines: int) -> None:
+    """
+    Raises:
+        UsageError: DeepSpeed is not installed, or is to start processes on other machines in a way of its own.
+    """
+    if find_spec("deepspeed") is None:
+        raise UsageError(f"accelerate config {path} needs DeepSpeed, which is not installed", hint=INSTALL)
+    if machines > 1 and settings.get("deepspeed_multinode_launcher") != "standard":
+        raise UsageError(
+            f"accelerate config {path}: DeepSpeed's own launchers start processes without sampo's environment",
+            hint="deepspeed_multinode_launcher: standard, and the same command on each machine",
+        )
 
 
 def _run(arguments: Any, outcome: list[BaseException]) -> None:

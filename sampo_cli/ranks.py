@@ -37,6 +37,7 @@ class Ranks:
         store: what the launcher keeps for them, or None where there is one process.
         talk: a gloo group, for what is not on a device.
         done: set once all have come to the end of what they do together.
+        sharing: what the launcher asked to share a model out with, once that is taken over from accelerate.
         last_words: see `on_loss`.
     """
 
@@ -45,6 +46,7 @@ class Ranks:
         self.done = threading.Event()
         self.store: Any = None
         self.talk: Any = None
+        self.sharing: str | None = None
         self.last_words: Callable[[], object] = lambda: None
         self._asked = 0
 
@@ -162,7 +164,8 @@ def add_gradients(parameters: Sequence[Any]) -> None:
 def shares_out() -> str | None:
     """What the launcher asks to share a model out with, as accelerate names it, or None."""
     kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-    return next((kind for kind in kinds if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"), None)
+    asked = (kind for kind in kinds if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true")
+    return HERE.sharing or next(asked, None)
 
 
 def started_by_launcher() -> bool:

@@ -33,6 +33,7 @@ from sampo_cli.record import Record
 from sampo_cli.remote import fetch_model
 from sampo_cli.run_tables import final_tables
 from sampo_cli.sharding import check as check_sharding
+from sampo_cli.sharding import left_whole, sharing
 from sampo_cli.signals import stop_requests
 from sampo_cli.state import adapter_bytes, bytes_to_come, refuse_other_format
 from sampo_cli.template import PairEncoder
@@ -237,7 +238,12 @@ def tell_model(facts: ModelFacts, recipe: Recipe, view: RunView) -> None:
         f"attention: {facts.attention}; kernels: {facts.kernels}"
     )
     if facts.kept_bytes < facts.parameter_bytes:
-        view.note(f"FSDP: each process keeps {facts.kept_bytes:,} of {facts.parameter_bytes:,} bytes")
+        view.note(f"{sharing()}: each process keeps {facts.kept_bytes:,} of {facts.parameter_bytes:,} bytes")
+    elif left_whole():
+        most = 12 * facts.trainable_parameters / 2**20  # a gradient and two moments, in float32
+        view.note(
+            f"ZeRO-2: gradients and optimizer of an adapter are at most {most:,.0f} MiB, and whole in each process"
+        )
     share = facts.trainable_parameters / facts.total_parameters
     view.note(
         f"adapter: {facts.trainable_parameters:,} trainable parameters ({share:.2%}) in {facts.adapter_layers} layers, "

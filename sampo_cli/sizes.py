@@ -33,5 +33,9 @@ class Sizes:
 
 def kept_bytes(model: nn.Module) -> int:
     """Of a model's parameters, those that this process keeps."""
-    own = (getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+    kept = 0
+    for parameter in model.parameters():
+        own = getattr(parameter, "_local_tensor", getattr(parameter, "ds_tensor", parameter))  # of FSDP, of ZeRO-3
+        stays = getattr(parameter, "ds_persist", False)  # ZeRO-3 keeps small ones whole once they are gathered
+        kept += (parameter.ds_numel if stays else own.numel()) * own.element_size()  # type: ignore[attr-defined]
+    return kept

@@ -174,12 +174,15 @@ def test_a_run_with_the_paged_optimizer_and_its_resume(tiny_llama: Path, pairs_f
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-@pytest.mark.parametrize("config", ["ddp", "fsdp-qlora"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp-qlora", "deepspeed-zero2", "deepspeed-zero3"])
 def test_two_gpus_do_what_one_does(tiny_llama: Path, pairs_file: Path, tmp_path: Path, config: str) -> None:
-    """Over NF4, through the launcher and NCCL; losses of bfloat16 products in batches of other shapes."""
+    """Over NF4, ZeRO-3 over bfloat16, through the launcher and NCCL; losses of products in batches of other shapes."""
     losses = []
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed (the extra 'deepspeed')")
+    base = ("--quantization", "none" if config == "deepspeed-zero3" else "nf4")
     for name, more in (("one", ()), ("two", ("--num-processes", 2, "--accelerate-config", config))):
-        succeeds(*train_flags(tiny_llama, pairs_file, tmp_path / name, *more))
+        succeeds(*train_flags(tiny_llama, pairs_file, tmp_path / name, *base, *more))
         rows = (json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         losses.append([row["loss"] for row in rows])
     assert losses[1] == pytest.approx(losses[0], abs=2e-2)

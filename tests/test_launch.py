@@ -27,9 +27,28 @@ LIMIT = 240
 
 def test_shipped_configs_are_accelerates() -> None:
     configs = launch.shipped_configs()
-    assert set(configs) == {"ddp", "fsdp-qlora", "multi-node"}
+    assert set(configs) == {"ddp", "fsdp-qlora", "deepspeed-zero2", "deepspeed-zero3", "multi-node"}
     kinds = {name: load_config_from_file(str(path)).distributed_type.value for name, path in configs.items()}
-    assert kinds == {"ddp": "MULTI_GPU", "fsdp-qlora": "FSDP", "multi-node": "MULTI_GPU"}
+    several, zero = ("ddp", "multi-node"), ("deepspeed-zero2", "deepspeed-zero3")
+    assert kinds == dict.fromkeys(several, "MULTI_GPU") | {"fsdp-qlora": "FSDP"} | dict.fromkeys(zero, "DEEPSPEED")
+
+
+def test_deepspeed_must_be_there_and_leave_the_launching_to_accelerate(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = launch.find_config("deepspeed-zero3")
+    monkeypatch.setattr(launch, "find_spec", {"deepspeed": None}.__getitem__)
+    with pytest.raises(UsageError, match="needs DeepSpeed") as caught:
+        launch._launcher_arguments(config, 2, ["train"])
+    assert "sampo-cli[deepspeed]" in (caught.value.hint or "")
+    monkeypatch.setattr(launch, "find_spec", {"deepspeed": "here"}.__getitem__)
+    assert launch._launcher_arguments(config, 2, ["train"]).num_processes == 2
+    own = tmp_path / "own.yaml"
+    own.write_text(config.read_text().replace("num_machines: 1", "num_machines: 2"))
+    with pytest.raises(UsageError, match="launchers"):
+        launch._launcher_arguments(own, 2, ["train"])
+    own.write_text(own.read_text() + "  deepspeed_multinode_launcher: standard\n")
+    assert launch._launcher_arguments(own, 4, ["train"]).num_processes == 4
 
 
 def test_what_the_launcher_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

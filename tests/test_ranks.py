@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sampo_cli.batch import Pair, shares
 from sampo_cli.config import validate
 from sampo_cli.errors import ExitCode, UsageError
 from sampo_cli.sharding import check
+from sampo_cli.zero import hidden, zero_settings
 from tests import tiny
 from tests.test_kill import TIMING
 from tests.warm import Outcome, Warm
@@ -33,6 +35,17 @@ FSDP = {
     "FSDP_OFFLOAD_PARAMS": "false",
 }
 """What accelerate's launcher makes of `recipes/accelerate/fsdp-qlora.yaml`."""
+
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+}
+"""And of `deepspeed-zero3.yaml`."""
+
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="deepspeed is not installed (the extra 'deepspeed')"
+)
 
 FLAGS = (
     *("--batch-pairs", 5, "--save-every", 2, "--eval-fraction", 0.2, "--learning-rate", 1e-3, "--epochs", 1),
@@ -164,11 +177,99 @@ def test_fsdp(place: Place, quantization: str) -> None:
     runs = [place.finish(f"whole-{quantization}", 1, *flags)]
     runs.append(place.finish(f"shared-{quantization}", 3, *flags, environment=[FSDP] * 3))
     assert_same(runs[1], runs[0])
-    told = re.search(r"each process keeps ([\d,]+) of ([\d,]+) bytes", (runs[1] / "run.log").read_text())
+    with_others, layers = kept(runs[1])
+    assert with_others > 0.4 * layers  # two thirds of them; 4-bit scales stay whole
+
+
+def kept(run: Path) -> tuple[int, int]:
+    """Bytes of a run's layers that its first process left to the others, and of the layers."""
+    told = re.search(r"each process keeps ([\d,]+) of ([\d,]+) bytes", (run / "run.log").read_text())
     assert told
-    kept, whole = (int(size.replace(",", "")) for size in told.groups())
-    layers = whole - kept  # two thirds of them are with the other two processes
-    assert layers > 0.4 * (whole - ADAPTER_BYTES - 2 * HEAD_BYTES)
+    own, whole = (int(size.replace(",", "")) for size in told.groups())
+    return whole - own, whole - ADAPTER_BYTES - 2 * HEAD_BYTES
+
+
+@pytest.fixture
+def all_parts(tmp_path: Path) -> dict[str, str]:
+    """ZeRO-3 that lets go of the smallest weight: by default a tiny model's stay once they are gathered."""
+    file = tmp_path / "zero.json"
+    settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": "auto"}
+    file.write_text(json.dumps({"zero_optimization": settings}))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("count", "flags"),
+    [
+        (2, ("--iterations", 2, "--cache-reference", "on", "--set", "train.checkpointing=all")),
+        (3, ("--method", "tdpo", "--batch-pairs", 2, "--max-steps", 3)),
+    ],
+    ids=["rounds, cached references, layers computed twice", "the whole vocabulary, and fewer pairs than processes"],
+)
+def test_zero3(place: Place, all_parts: dict[str, str], count: int, flags: tuple[object, ...]) -> None:
+    flags = ("--quantization", "none", *flags)
+    one = place.finish(f"zero-{count}-one", 1, *flags)
+    several = place.finish(f"zero-{count}", count, *flags, environment=[all_parts] * count)
+    assert_same(several, one)
+    with_others, layers = kept(several)
+    assert with_others == pytest.approx((1 - 1 / count) * layers, rel=0.01)  # the final norm stays whole; padding
+
+
+@needs_deepspeed
+def test_zero3_goes_on_without_deepspeed(place: Place) -> None:
+    """Two processes stop at a signal after a step; one alone, with the base whole, does the rest."""
+    flags = ("--quantization", "none")
+    one = place.finish("zero-whole", 1, *flags)
+    run, outcomes = place.train(
+        "zero-stopped", 2, *flags, environment=[ZERO] * 2, signals=[15], event="open", path="metrics.jsonl", at=5
+    )
+    assert [outcome.code for outcome in outcomes] == [ExitCode.TERMINATED] * 2
+    assert place.warm.run("train", "--resume", run, cache=run.parent / "cache").code == 0
+    assert_same(run, one)
+
+
+@needs_deepspeed
+def test_zero2_is_data_parallel_and_says_what_stays_whole(place: Place) -> None:
+    flags = ("--quantization", "nf4", "--max-steps", 2)
+    environment = [ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}] * 2
+    run = place.finish("zero2", 2, *flags, environment=environment)
+    assert_same(run, place.finish("zero2-one", 1, *flags))
+    assert "ZeRO-2: gradients and optimizer of an adapter are at most" in (run / "run.log").read_text()
+
+
+def test_what_zero_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, all_parts: dict[str, str]) -> None:
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    assert zero_settings() == {"stage": 3, "offload_param": {"device": "none"}}
+    file = Path(all_parts["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert zero_settings()["stage3_param_persistence_threshold"] == 0
+    assert "stage3_max_live_parameters" not in zero_settings()
+    for text in ("{", "[]", "{}", '{"zero_optimization": {"offload_param": "cpu"}}'):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=r"DeepSpeed config .*zero\.json") as caught:
+            zero_settings()
+        assert caught.value.hint
+    file.unlink()
+    with pytest.raises(UsageError, match="FileNotFoundError"):
+        zero_settings()
+
+
+def test_deepspeed_sees_layers_without_adapters_and_all_is_put_back() -> None:
+    """embed, layers[0..1].{proj, lora_A}, norm: of these it sees the two proj and what holds them."""
+    from torch import nn
+
+    def layer() -> nn.Module:
+        return nn.ModuleDict({"proj": nn.Linear(2, 2), "lora_A": nn.Linear(2, 1)})
+
+    layers = nn.ModuleList([layer(), layer()])
+    body = nn.ModuleDict({"embed": nn.Embedding(3, 2), "layers": layers, "norm": nn.LayerNorm(2)})
+    before = list(body.state_dict())
+    with hidden(body, list(layers)):
+        seen = {name.removesuffix(".weight") for name in body.state_dict() if name.endswith("weight")}
+        assert seen == {"layers.0.proj", "layers.1.proj"}
+    assert list(body.state_dict()) == before
 
 
 def test_an_error_in_one_process_ends_all(place: Place) -> None:
@@ -193,6 +294,13 @@ def recipe(**sections: Any) -> Any:
     return validate({"model": {"name": "m"}, "data": {"sources": ["d"]}, **sections})
 
 
+def refuses(recipes: dict[str, Any]) -> None:
+    for what, one in recipes.items():
+        with pytest.raises(UsageError, match=what) as caught:
+            check(one)
+        assert caught.value.hint
+
+
 def test_what_fsdp_cannot_do_is_refused_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     int8 = recipe(model={"name": "m", "quantization": "int8"})
     check(int8)
@@ -204,10 +312,28 @@ def test_what_fsdp_cannot_do_is_refused_with_an_alternative(monkeypatch: pytest.
         "train.generate": recipe(train={"generate": {"prompts": 2}}),
         "offload_activations": recipe(train={"offload_activations": True}),
     }
-    for what, one in refused.items():
-        with pytest.raises(UsageError, match=what) as caught:
-            check(one)
-        assert caught.value.hint
+    refuses(refused)
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(UsageError, match="FSDP 1"):
         check(recipe())
+
+
+def test_what_zero3_cannot_do_is_refused_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"name": "m", "quantization": "none"}
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    check(recipe(model=whole))
+    refuses(
+        {
+            "ZeRO-3 with model.quantization=nf4": recipe(),
+            "int8": recipe(model={"name": "m", "quantization": "int8"}),
+            "lora.dora": recipe(model=whole, lora={"dora": True}),
+            "checkpointing=selective": recipe(model=whole, train={"checkpointing": "selective"}),
+            "train.generate": recipe(model=whole, train={"generate": {"prompts": 2}}),
+            "offload_activations": recipe(model=whole, train={"offload_activations": True}),
+        }
+    )
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme")
+    refuses({"NVMe": recipe(model=whole)})
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    check(recipe())

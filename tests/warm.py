@@ -10,6 +10,7 @@ an audit hook before it happens.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import mmap
 import os
@@ -137,7 +138,8 @@ class Warm:
 
 
 def _serve() -> None:
-    _warm_up()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for replies; DeepSpeed, where installed, says something
+        _warm_up()
     moments = mmap.mmap(-1, 8)
     for line in sys.stdin:
         children = []
