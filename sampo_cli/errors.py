@@ -112,6 +112,9 @@ def known_failure(error: BaseException) -> SampoError | None:
         return OutOfMemory("out of memory", hint=hint)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return SampoError(f"no space left on the disk: {error.filename or error}", hint="free some and --resume")
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "ask for permission, or name another folder, such as with --output"
+        return UsageError(f"{error.filename}: {str(error.strerror).lower()}", hint=hint)
     return None
 
 

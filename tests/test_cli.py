@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from sampo_cli.cli import main
-from sampo_cli.errors import ExitCode
+from sampo_cli.errors import ExitCode, shown_failure
 from scripts import make_reference
 from tests import tiny
 
@@ -274,6 +275,13 @@ def test_methods_are_listed_and_shown() -> None:
     assert {entry["name"] for entry in json.loads(succeeds("methods", "--json").stdout)} == set(METHODS)
     assert "did you mean 'simpo'?" in fails(ExitCode.USAGE, "methods", "simp0")
     assert "did you mean 'sampo'?" in fails(ExitCode.USAGE, "methods", "smapo")  # simpo has as many letters in common
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_may_not_be_written_is_no_bug(code: int) -> None:
+    failure = shown_failure(OSError(code, os.strerror(code), "/shared/.merged.tmp"))
+    assert failure.exit_code == ExitCode.USAGE
+    assert str(failure) == f"/shared/.merged.tmp: {os.strerror(code).lower()}"
 
 
 def test_iterations_leave_one_ordinary_adapter(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
