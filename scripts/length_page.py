@@ -185,15 +185,11 @@ def tables(results: Results) -> str:
         f"{np.mean(answers['ended']):.0%} end. At the cap of {SETTING.max_new_tokens:,}: {capped:.1%} of all answers. "
         f"{np.mean(seconds):.0f} CPU seconds a run. Python {platform.python_version()}, {packages}."
     )
-    parts = [
-        facts,
-        runs_table(results),
-        "### Pairs that prefer longer against pairs that prefer shorter",
-        spread_table(results),
-        "### Against DPO on the same pairs",
-        contrast_table(results),
-        "![Change of answer length against KL, a point a run](../images/length.png)",
-    ]
+    parts = [facts, runs_table(results)]
+    if {("longer", "dpo"), ("shorter", "dpo")} <= results.runs.keys():
+        parts += ["### Pairs that prefer longer against pairs that prefer shorter", spread_table(results)]
+    parts += ["### Against DPO on the same pairs", contrast_table(results)]
+    parts.append("![Change of answer length against KL, a point a run](../images/length.png)")
     return "\n\n".join(parts)
 
 
