@@ -108,7 +108,7 @@ def test_pictures_have_a_text_and_are_small(pages: dict[Path, Page]) -> None:
 
 
 def test_every_picture_is_on_a_page() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *DOCS.glob("*.md")])
+    text = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *DOCS.rglob("*.md")])
     assert [path.name for path in (DOCS / "images").iterdir() if f"images/{path.name}" not in text] == []
 
 
