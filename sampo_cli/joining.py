@@ -124,6 +124,7 @@ def _fail(error: BaseException) -> NoReturn:
     except RuntimeError:  # the store is gone as well
         cause = mine
     if cause != mine:
+        HERE.done.set()  # the watch would ask a store that is gone, which torch says on stderr
         _leave_together()
         raise SystemExit(int(cause.split()[1])) from error
     _close()

@@ -36,7 +36,7 @@ class Ranks:
     Attributes:
         store: what the launcher keeps for them, or None where there is one process.
         talk: a gloo group, for what is not on a device.
-        done: set once all have come to the end of what they do together.
+        done: set once this process is at the end of what all do together, or leaves because another failed.
         sharing: what the launcher asked to share a model out with, once that is taken over from accelerate.
         last_words: see `on_loss`.
     """

@@ -29,11 +29,11 @@ def run(warm: Warm, tiny_llama: Path, pairs_file: Path, tmp_path: Path, monkeypa
         "WANDB_MODE": "offline",
         "WANDB_PROJECT": "mine",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-        "MLFLOW_ARTIFACT_ROOT": str(tmp_path / "artifacts"),
         "TRACKIO_DIR": str(tmp_path / "trackio"),
         "HF_HUB_OFFLINE": "1",
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)  # where MLflow keeps what it is given
 
     def train(tracker: str, *more: object, **fault: Any) -> Outcome:
         if find_spec(tracker) is None:

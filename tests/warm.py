@@ -81,6 +81,7 @@ class Warm:
         """
         request = {
             "arguments": [str(argument) for argument in arguments],
+            "folder": str(Path.cwd()),
             "environment": os.environ | ({"SAMPO_CACHE": str(cache)} if cache else {}),
             "watch": [str(path) for path in watch],
             "output": str(self.folder / "output"),
@@ -110,6 +111,7 @@ class Warm:
             requests.append(
                 {
                     "arguments": [str(argument) for argument in arguments],
+                    "folder": str(Path.cwd()),
                     "environment": os.environ | own | more,
                     "watch": [] if rank else [str(cache.parent)],
                     "output": str(self.folder / f"output{rank}"),
@@ -201,6 +203,7 @@ def _become(request: dict[str, Any], moments: mmap.mmap) -> None:
     try:
         os.environ.clear()
         os.environ.update(request["environment"])
+        os.chdir(request["folder"])
         fault, watched = request["fault"], tuple(request["watch"])
         for number, name in ((1, "stdout"), (2, "stderr")):
             file = os.open(f"{request['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
