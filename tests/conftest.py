@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -13,9 +13,13 @@ os.environ["OMP_NUM_THREADS"] = (
 
 import pytest
 
+from sampo_cli.cli import main
 from tests import tiny
 from tests.reliability import record_outcome
 from tests.warm import Warm
+
+Sampo = Callable[..., tuple[int, str, str]]
+"""See the fixture `sampo`."""
 
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # as nohup and shells in the background leave it to their children
@@ -61,3 +65,17 @@ def pairs_file(tmp_path: Path) -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenized pairs are cached per test session, not in the user's folder."""
     monkeypatch.setenv("SAMPO_CACHE", str(tmp_path_factory.getbasetemp() / "sampo-cache"))
+
+
+@pytest.fixture
+def sampo(capfd: pytest.CaptureFixture[str]) -> Sampo:
+    """Runs a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run

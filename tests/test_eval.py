@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,23 +28,8 @@ from sampo_cli.policy import Policy
 from sampo_cli.prompts import prompt_texts
 from sampo_cli.subject import find_subject, load_subject
 from tests import tiny
+from tests.conftest import Sampo
 from tests.merge_models import save_adapter
-
-Sampo = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def sampo(capfd: pytest.CaptureFixture[str]) -> Sampo:
-    """Runs a command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        captured = capfd.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

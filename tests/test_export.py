@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from sampo_cli.cli import main
 from sampo_cli.errors import ExitCode, ModelError, NumericsError, SampoError
 from sampo_cli.export import export_gguf
 from sampo_cli.gguf_vocab import _split
 from sampo_cli.gguf_write import _rope_factors, interleaved
 from sampo_cli.llama_cpp_tools import quantize
 from tests import tiny
+from tests.conftest import Sampo
 from tests.merge_models import save_adapter
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -267,20 +266,7 @@ def test_a_real_model_answers_in_llama_cpp(tmp_path: Path) -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sampo(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return (int(end.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-def test_the_command_merges_once(tmp_path: Path, sampo: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command_merges_once(tmp_path: Path, sampo: Sampo) -> None:
     _, adapter = base_and_adapter(tmp_path)
     code, stdout, _ = sampo("merge", adapter, "--gguf", "q8_0", "--json")
     first = json.loads(stdout)
@@ -316,9 +302,7 @@ def test_the_command_merges_once(tmp_path: Path, sampo: Callable[..., tuple[int,
         (["--adapter-only", "--gguf", "q8_0"], "--adapter-only merges nothing"),
     ],
 )
-def test_what_is_refused_before_merging(
-    tmp_path: Path, sampo: Callable[..., tuple[int, str, str]], words: list[str], said: str
-) -> None:
+def test_what_is_refused_before_merging(tmp_path: Path, sampo: Sampo, words: list[str], said: str) -> None:
     _, adapter = base_and_adapter(tmp_path)
     code, stdout, stderr = sampo("merge", adapter, *[word.format(folder=tmp_path) for word in words])
     assert (code, stdout) == (ExitCode.USAGE, "")
@@ -393,9 +377,7 @@ def test_a_tool_that_fails_leaves_nothing_but_its_reason(tmp_path: Path) -> None
     [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}],
     ids=["plain", "rslora", "patterns"],
 )
-def test_the_exported_adapter_does_the_same(
-    tmp_path: Path, sampo: Callable[..., tuple[int, str, str]], settings: dict[str, Any]
-) -> None:
+def test_the_exported_adapter_does_the_same(tmp_path: Path, sampo: Sampo, settings: dict[str, Any]) -> None:
     """Also read as vLLM reads it: one rank and one scale for all layers, the scale by the settings alone."""
     base, adapter = base_and_adapter(tmp_path, **settings)
     code, stdout, _ = sampo("merge", adapter, "--adapter-only", "--dtype", "float32", "--json")
@@ -468,7 +450,7 @@ def test_what_vllm_does_not_load_is_refused(tmp_path: Path, settings: dict[str, 
 
 
 @pytest.mark.slow
-def test_the_commands_that_are_shown_run(tmp_path: Path, sampo: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_commands_that_are_shown_run(tmp_path: Path, sampo: Sampo) -> None:
     """In fresh processes: transformers answers with the merged model, PEFT loads the adapter."""
     base, adapter = base_and_adapter(tmp_path)
     AutoTokenizer.from_pretrained(base).save_pretrained(adapter)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from sampo_cli.cli import main
 from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.errors import ExitCode
 from sampo_cli.model import load_policy
@@ -19,27 +18,11 @@ from sampo_cli.recipe_files import describe, load_recipe, recipes_folder, shippe
 from scripts import make_recipes
 from tests import tiny
 from tests.architectures import ARCHITECTURES
+from tests.conftest import Sampo
 
 FOR_CARDS = [name for name in shipped_recipes() if "gb/" in name]
 SPARE = 0.1
 """Share of a card that a recipe leaves free."""
-
-Sampo = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def sampo(capfd: pytest.CaptureFixture[str]) -> Sampo:
-    """A command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        assert isinstance(end.value.code, int)
-        return end.value.code, *capfd.readouterr()
-
-    return run
-
 
 # For cards -----------------------------------------------------------------------------------------------------------
 
