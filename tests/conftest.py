@@ -7,9 +7,8 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tiny models on several threads spin more than they compute; before torch is loaded
-)
+# Before torch is loaded: tiny models on several threads spin more than they compute.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
