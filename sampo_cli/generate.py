@@ -17,7 +17,7 @@ from sampo_cli.model import context_length
 from sampo_cli.policy import Policy
 
 BATCH = 16
-"""Prompts answered at a time; fewer where they do not fit."""
+"""Prompts answered at a time, where the caller says nothing else."""
 
 FIRST_STRETCH = 64
 """New tokens after which answers that have ended leave the batch; each later stretch is twice as long."""
@@ -81,6 +81,7 @@ def complete(
     decoding: Decoding,
     note: Callable[[str], object] = lambda text: None,
     *,
+    batch: int = BATCH,
     more_ends: Sequence[int] = (),
     each_token: Callable[[], object] = lambda: None,
 ) -> list[Completion]:
@@ -94,6 +95,7 @@ def complete(
 
     Args:
         note: told how far it is, after each batch.
+        batch: most prompts answered at a time; fewer where they do not fit.
         more_ends: tokens that end an answer beside the tokenizer's and the model's own.
         each_token: called after each token of a batch; what it raises ends this.
     """
@@ -106,8 +108,8 @@ def complete(
             texts = {index: np.append(prompts[index], np.array(rows[index], np.int32)) for index in unfinished}
             unfinished.sort(key=lambda index: -len(texts[index]))
             done = len(prompts) - len(unfinished)
-            for first in range(0, len(unfinished), BATCH):
-                indices = unfinished[first : first + BATCH]
+            for first in range(0, len(unfinished), batch):
+                indices = unfinished[first : first + batch]
                 left = min(decoding.max_new_tokens - len(rows[index]) for index in indices)
                 part = replace(decoding, max_new_tokens=min(stretch, left))
                 given = _generate(policy, tokenizer, [texts[index] for index in indices], part, ends, each_token)

@@ -156,7 +156,8 @@ def measure(subject_name: str, held_out: Path, folder: Path) -> dict[str, Any]:
     pairs = tokenized(subject.recipe.model.name, held_out)
     prompts = list({tuple(pair.prompt.tolist()): pair.prompt for pair in pairs}.values())[: SETTING.prompts]
     tokenizer = load_tokenizer(subject.recipe.model, subject.recipe.data)
-    answers = complete(policy, tokenizer, prompts, Decoding(SETTING.max_new_tokens, SETTING.temperature, seed=0))
+    decoding = Decoding(SETTING.max_new_tokens, SETTING.temperature, seed=0)
+    answers = complete(policy, tokenizer, prompts, decoding, batch=SETTING.prompts)
     write_text(folder / "answers.json", json.dumps([asdict(one) for one in answers], indent=1, ensure_ascii=False))
     found["answers"] = {
         "tokens": [one.tokens for one in answers],

@@ -75,9 +75,9 @@ def interval(groups: Sequence[Lengths], statistic: Any) -> tuple[float, float, f
     return statistic(groups), float(low), float(high)
 
 
-def shown(estimate: tuple[float, float, float]) -> str:
+def shown(estimate: tuple[float, float, float], form: str = "+.0f") -> str:
     value, low, high = estimate
-    return f"{value:+.0f} ({low:+.0f} to {high:+.0f})"
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def over_seeds(values: Sequence[float | None], digits: int) -> str:
@@ -94,18 +94,28 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def difference(results: Results, one: tuple[str, str], other: tuple[str, str]) -> tuple[float, float, float]:
-    """Mean length of the answers of one cell's runs minus that of another's."""
-    return interval([results.lengths[one], results.lengths[other]], lambda g: float(g[0].mean() - g[1].mean()))
+def difference(some: Sequence[Lengths], others: Sequence[Lengths]) -> tuple[float, float, float]:
+    """Mean length of some runs' answers minus that of others', tokens; each array weighs the same."""
+    return interval([*some, *others], lambda g: _mean(g[: len(some)]) - _mean(g[len(some) :]))
+
+
+def ratio(some: Sequence[Lengths], others: Sequence[Lengths]) -> tuple[float, float, float]:
+    """The same as a ratio of geometric means: what happens to the usual answer, which the few at the cap hide."""
+    logs = [np.log(group) for group in (*some, *others)]
+    return interval(logs, lambda g: float(np.exp(_mean(g[: len(some)]) - _mean(g[len(some) :]))))
+
+
+def _mean(groups: Sequence[Lengths]) -> float:
+    return float(np.mean([group.mean() for group in groups]))
 
 
 def runs_table(results: Results) -> str:
     rows = []
-    base = results.base[None]
+    base = [results.base[None]]
     for (part, method), runs in results.runs.items():
         reward = [run["pairs"]["rewards"][OWN_REWARD[method]] for run in runs]
         answers = [run["answers"] for run in runs]
-        change = interval([results.lengths[part, method], base], lambda g: float(g[0].mean() - g[1].mean()))
+        mine = [results.lengths[part, method]]
         rows.append(
             [
                 part,
@@ -114,13 +124,15 @@ def runs_table(results: Results) -> str:
                 over_seeds([one["accuracy"]["value"] for one in reward], 2),
                 over_seeds([one["spearman"]["value"] for one in reward], 2),
                 over_seeds([run["pairs"]["kl"]["value"] for run in runs], 3),
-                shown(change),
+                shown(difference(mine, base)),
+                shown(ratio(mine, base), ".2f"),
                 over_seeds([float(np.mean(one["ended"])) for one in answers], 2),
                 over_seeds([float(np.mean(one["repetition"])) for one in answers], 2),
             ]
         )
     header = ["pairs", "method", "margin in training", "held-out accuracy", "Spearman of margin and gap"]
-    return table([*header, "KL a token", "tokens against the base", "answers that end", "repetition"], rows)
+    header += ["KL a token", "tokens against the base", "times the base", "answers that end", "repetition"]
+    return table(header, rows)
 
 
 def spread_table(results: Results) -> str:
@@ -131,21 +143,30 @@ def spread_table(results: Results) -> str:
         if not all(cell in results.runs for cell in cells):
             continue
         kls = [run["pairs"]["kl"]["value"] for cell in cells for run in results.runs[cell]]
-        spread = difference(results, *cells)
-        rows.append([f"`{method}`", shown(spread), f"{np.mean(kls):.3f}", f"{spread[0] / np.mean(kls) / 100:+.1f}"])
-    return table(["method", "longer minus shorter, tokens", "mean KL a token", "tokens per 0.01 nats of KL"], rows)
+        longer, shorter = ([results.lengths[cell]] for cell in cells)
+        spread = difference(longer, shorter)
+        hundredths = 100 * float(np.mean(kls))
+        for_each = (spread[0] / hundredths, spread[1] / hundredths, spread[2] / hundredths)
+        times = shown(ratio(longer, shorter), ".2f")
+        rows.append([f"`{method}`", shown(spread), times, f"{np.mean(kls):.3f}", shown(for_each, "+.1f")])
+    header = ["method", "longer minus shorter, tokens", "longer over shorter, times", "mean KL a token"]
+    return table([*header, "tokens per 0.01 nats of KL"], rows)
 
 
 def contrast_table(results: Results) -> str:
     """Each method's answers against DPO's after the same pairs and steps."""
     others = [method for method in METHODS if method != "dpo"]
     rows = []
-    for part in PARTS:
-        pairs = [((part, method), (part, "dpo")) for method in others]
-        known = [set(pair) <= results.runs.keys() for pair in pairs]
-        cells = [shown(difference(results, *pair)) if there else "-" for pair, there in zip(pairs, known, strict=True)]
-        rows.append([part, *cells])
-    return table(["pairs", *(f"`{method}` minus `dpo`" for method in others)], rows)
+    for name, parts in [*((part, [part]) for part in PARTS), ("all three", list(PARTS))]:
+        row = [name]
+        for method in others:
+            if not {(part, one) for part in parts for one in (method, "dpo")} <= results.runs.keys():
+                row.append("-")
+                continue
+            some, dpo = ([results.lengths[part, one] for part in parts] for one in (method, "dpo"))
+            row.append(f"{shown(difference(some, dpo))}; {shown(ratio(some, dpo), '.2f')}")
+        rows.append(row)
+    return table(["pairs", *(f"`{method}` against `dpo`" for method in others)], rows)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -181,7 +202,7 @@ def tables(results: Results) -> str:
         f"{first['step']} steps of {SETTING.batch_pairs} pairs, learning rate {SETTING.learning_rate:g}; "
         f"{first['pairs']['pairs']} held-out pairs; {len(base)} prompts. "
         f"**{len(seconds)} of the {len(all_cells())} runs are there**, {len(SEEDS)} seeds for each row in the end. "
-        f"The base's answers: {base.mean():.0f} tokens ({low:.0f} to {high:.0f}), "
+        f"The base's answers: {base.mean():.0f} tokens ({low:.0f} to {high:.0f}), median {np.median(base):.0f}, "
         f"{np.mean(answers['ended']):.0%} end. At the cap of {SETTING.max_new_tokens:,}: {capped:.1%} of all answers. "
         f"{np.mean(seconds):.0f} CPU seconds a run. Python {platform.python_version()}, {packages}."
     )

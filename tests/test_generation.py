@@ -57,11 +57,10 @@ def policy() -> Policy:
 PROMPTS = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 9, 1, 6)]
 
 
-def test_batches_sorted_by_length_answer_as_each_prompt_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_sorted_by_length_answer_as_each_prompt_alone(policy: Policy) -> None:
     tokenizer, decoding = tiny.make_tokenizer(), Decoding(max_new_tokens=12)
-    monkeypatch.setattr("sampo_cli.generate.BATCH", 3)
     told: list[str] = []
-    together = complete(policy, tokenizer, PROMPTS, decoding, told.append)
+    together = complete(policy, tokenizer, PROMPTS, decoding, told.append, batch=3)
     assert together == [complete(policy, tokenizer, [prompt], decoding)[0] for prompt in PROMPTS]
     assert told == ["answers: 3 of 4", "answers: 4 of 4"]
 

@@ -55,12 +55,26 @@ def test_cells_that_have_their_line_are_not_run_again(tmp_path: Path, monkeypatc
 
 def test_lengths_by_hand(results: length_page.Results) -> None:
     assert results.lengths["longer", "sampo"].tolist() == [[15, 25, 35, 45]]
-    assert length_page.difference(results, ("longer", "dpo"), ("shorter", "dpo")) == (8.0, 8.0, 8.0)
-    assert "| whole | -1 (-1 to -1) | +0 (+0 to +0) | +0 (+0 to +0) |" in length_page.contrast_table(results)
-    row = "| `dpo` | +8 (+8 to +8) | 0.020 | +4.0 |"  # 8 tokens over 0.02 nats: 4 for each hundredth
-    assert row in length_page.spread_table(results)
-    first = length_page.runs_table(results).splitlines()[2]
-    assert first == "| longer | `dpo` | 0.50 | 0.75 | - | 0.020 | +6 (+6 to +6) | 1.00 | 0.00 |"
+    longer, shorter = ([results.lengths[part, "dpo"]] for part in ("longer", "shorter"))
+    assert length_page.difference(longer, shorter) == (8.0, 8.0, 8.0)
+    contrast = length_page.contrast_table(results).splitlines()
+    assert contrast[4].startswith("| whole | -1 (-1 to -1); 0.95 (")
+    assert contrast[4].endswith(" | +0 (+0 to +0); 1.00 (1.00 to 1.00) | +0 (+0 to +0); 1.00 (1.00 to 1.00) |")
+    assert contrast[5].startswith("| all three | -1 (-1 to -1); 0.95 (")
+    spread = length_page.spread_table(results).splitlines()[2].split(" | ")
+    assert spread[:2] == ["| `dpo`", "+8 (+8 to +8)"]
+    assert spread[3:] == ["0.020", "+4.0 (+4.0 to +4.0) |"]  # 8 tokens over 0.02 nats: 4 for each hundredth
+    first = length_page.runs_table(results).splitlines()[2].split(" | ")
+    assert first[:7] == ["| longer", "`dpo`", "0.50", "0.75", "-", "0.020", "+6 (+6 to +6)"]
+    assert first[7].startswith("1.30 (")  # sixteen, 26, 36 and 46 over 10, 20, 30 and 40
+    assert first[8:] == ["1.00", "0.00 |"]
+
+
+def test_a_ratio_of_usual_answers_by_hand() -> None:
+    """Doubled in every answer: two, whichever prompts and seeds are drawn; one at the cap weighs as any other."""
+    base = np.array([[10.0, 20.0, 1024.0]])
+    assert length_page.ratio([2 * base], [base]) == pytest.approx((2.0, 2.0, 2.0))
+    assert length_page.ratio([base * [1, 1, 8]], [base])[0] == pytest.approx(2.0)
 
 
 def test_the_interval_covers_seeds_and_prompts() -> None:
@@ -73,7 +87,7 @@ def test_a_page_of_the_runs_that_are_there(tmp_path: Path) -> None:
     only = [line(None), line(Cell(0, "longer", "dpo"), 6), line(Cell(1, "longer", "simpo"), 5)]
     found = length_page.read_results(written(tmp_path / "length.jsonl", only))
     assert "**2 of the 36 runs are there**" in length_page.tables(found)
-    assert "| longer | - | - | -1 (-1 to -1) |" in length_page.contrast_table(found)
+    assert "| longer | - | - | -1 (-1 to -1); 0.96 (" in length_page.contrast_table(found)
     assert len(length_page.spread_table(found).splitlines()) == 2
     with pytest.raises(SystemExit, match="nothing to show yet"):
         length_page.read_results(written(tmp_path / "base.jsonl", only[:1]))
