@@ -55,6 +55,8 @@ def sweep(
         console.print_json(result.to_dict())
     elif print_commands:
         console.print_raw("".join(f"{line}\n" for line in result.commands))
+        if not result.commands:
+            console.say("nothing is left to be run")
     elif not quiet:
         from sampo_cli.tables_report import print_sweep
 

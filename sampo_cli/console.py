@@ -87,7 +87,7 @@ def train_line(row: Mapping[str, Any], steps: int) -> str:
 def eval_line(row: Mapping[str, Any]) -> str:
     biases = [(row[key] or {}).get("spearman") for key in ("length_bias", "sum_length_bias")]
     said = ["none" if bias is None else f"{bias:+.2f}" for bias in biases]
-    kl = "" if row["kl_per_token"] is None else f"KL {row['kl_per_token']:.4f} a token  "
+    kl = "" if row["kl_per_token"] is None else f"KL (estimated) {row['kl_per_token']:.4f} a token  "
     return (
         f"evaluation after step {row['step']}: loss {row['loss']:.4f}  margin {row['margin']:+.3f}  "
         f"accuracy {row['accuracy']:.2f}  length bias {said[0]} (DPO's sum {said[1]})  {kl}"
@@ -171,7 +171,8 @@ class RunView:
         before, self._unlogged = self._unlogged, []
         for line in before:
             self._write(line)
-        self.note(f"training {steps - done} steps into {folder}")
+        finished = f"all {steps} steps are done in {folder}"
+        self.note(finished if done == steps else f"training {steps - done} steps into {folder}")
         if self._shown and self._screen:
             for row in read(folder / "metrics.jsonl"):
                 self._shown.add(row)

@@ -24,9 +24,13 @@ def check_card(name: str, folder: Path) -> None:
         name: how messages call the data set.
 
     Raises:
-        DataError: not YAML, too many values, or a file that lies elsewhere.
+        DataError: not to be read, not YAML, too many values, or a file that lies elsewhere.
     """
-    for file, text in _documents(folder):
+    try:
+        documents = list(_documents(folder))
+    except OSError as error:
+        raise DataError(f"data '{name}': {error.filename}: {error.strerror}", hint="check who may read it") from error
+    for file, text in documents:
         try:
             content = parse_yaml(text, file, prose=True)
         except UsageError as error:

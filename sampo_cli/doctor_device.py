@@ -243,5 +243,6 @@ def _small_model() -> Any:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     device = pick_device()
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=pick_dtype("auto", device)).to(device)
+    with torch.random.fork_rng(devices=[]):  # made on the CPU
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=pick_dtype("auto", device)).to(device)

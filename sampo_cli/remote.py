@@ -84,7 +84,7 @@ def _not_cached(what: str, error: Exception) -> HubError:
     off = "HF_HUB_OFFLINE is set" if reason is None or isinstance(reason, OfflineModeIsEnabled) else "no network"
     return HubError(
         f"{what}: {off}, and it is not (or not all) in the local cache",
-        hint="check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or give a local folder",
+        hint="check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or the name: there is no folder of it here",
     )
 
 

@@ -72,9 +72,11 @@ def read_run(folder: Path) -> RunFiles:
     """Everything that the folder of a run says.
 
     Raises:
-        UsageError: it is not a run's folder.
+        UsageError: there is no such folder, or it is not a run's.
         ModelError: one of its files is broken.
     """
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}", hint="`sampo runs` lists the runs in a folder")
     if not (folder / SUMMARY).is_file():
         raise UsageError(f"not a run's folder: {folder} has no {SUMMARY}", hint="give a folder that sampo train wrote")
     summary = read_tree(folder / SUMMARY)

@@ -104,7 +104,7 @@ def _refuse_left_out(folder: Path, name: str, paths: Sequence[Path]) -> None:
     )
     if left_out and not _lists_its_files(folder):
         raise DataError(
-            f"data '{name}': files of several formats; {left_out[0]} would be left out ({len(left_out)} such files)",
+            f"data '{name}': files of several formats; {left_out[0]} would be left out ({len(left_out)} in all)",
             hint="name the files that are meant, each with --data, or move the others away",
         )
 

@@ -83,7 +83,7 @@ def likelihood_table(report: PairReport) -> Table:
     if report.loss:
         table.add_row(f"loss ({report.method})", number(report.loss, ".4f"), "", "")
     if report.kl:
-        table.add_row("KL a token", "", "", number(report.kl, ".4f"))
+        table.add_row("KL a token (exact)", "", "", number(report.kl, ".4f"))
     return table
 
 

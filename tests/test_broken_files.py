@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,7 +160,7 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str]] = {
     "hidden": ({".a.jsonl": LINES}, "folder"),
     "mixed": (
         {"a.jsonl": LINES, "b.csv": CSV, "c.csv": CSV, "notes.txt": b"x"},
-        r"files of several formats; a\.jsonl would be left out \(1 such files\)",
+        r"files of several formats; a\.jsonl would be left out \(1 in all\)",
     ),
     "mixed-packed": ({"a.jsonl": LINES, "more/b.csv.gz": gzip.compress(CSV)}, r"more/b\.csv\.gz would be left out"),
     "one-is-broken": ({"a.jsonl": LINES, "b.jsonl": b"{"}, r"folder/b\.jsonl:1:2: not JSON"),
@@ -226,27 +227,28 @@ def somebody_else() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir()
-    (tmp_path / "a.jsonl").write_bytes(LINES)
-    (locked / "b.jsonl").write_bytes(LINES)
-    (file,) = find(str(tmp_path / "a.jsonl"))
-    (tmp_path / "a.jsonl").chmod(0)
-    locked.chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    try:
-        with somebody_else():
-            for attempt in (lambda: digest(file), lambda: next(read_rows(file))):
-                with pytest.raises(DataError, match=r"a\.jsonl: Permission denied"):
-                    attempt()
-            with pytest.raises(DataError, match=r"b\.jsonl': Permission denied"):
-                find(str(locked / "b.jsonl"))
-            with pytest.raises(DataError, match="locked"):
-                find(str(locked))
-    finally:
-        locked.chmod(0o755)
+def test_a_file_that_may_not_be_read() -> None:
+    with tempfile.TemporaryDirectory() as name:  # of its own: the folders above pytest's are open to nobody else
+        place, locked = Path(name), Path(name) / "locked"
+        locked.mkdir()
+        (place / "a.jsonl").write_bytes(LINES)
+        (locked / "b.jsonl").write_bytes(LINES)
+        (file,) = find(str(place / "a.jsonl"))
+        assert len(find(str(locked))) == 1  # and all is imported that somebody else may not read where Python lies
+        (place / "a.jsonl").chmod(0)
+        locked.chmod(0)
+        place.chmod(0o755)
+        try:
+            with somebody_else():
+                for attempt in (lambda: digest(file), lambda: next(read_rows(file))):
+                    with pytest.raises(DataError, match=r"a\.jsonl: Permission denied"):
+                        attempt()
+                with pytest.raises(DataError, match=r"b\.jsonl': Permission denied"):
+                    find(str(locked / "b.jsonl"))
+                with pytest.raises(DataError, match=r"locked/README\.md: Permission denied"):
+                    find(str(locked))
+        finally:
+            locked.chmod(0o755)
 
 
 def read(path: Path, cache: Path, **more: Any) -> PairDataset:

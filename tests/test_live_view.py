@@ -205,6 +205,12 @@ def test_a_resumed_run_shows_its_past(terminal: Console, tmp_path: Path) -> None
     assert "held out 0.6100" in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_resumed_run_that_is_finished_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with console.run_view(quiet=False) as view:
+        view.begin(tmp_path, 10, 10)
+    assert capfd.readouterr().err == f"all 10 steps are done in {tmp_path}\n"
+
+
 def test_without_a_terminal_there_is_a_line_a_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with console.run_view(quiet=False) as view:
         view.begin(tmp_path, 2, 0)
@@ -215,7 +221,7 @@ def test_without_a_terminal_there_is_a_line_a_step(tmp_path: Path, capfd: pytest
     assert lines[1].startswith("step 1/2  loss 0.6900")
     assert lines[2] == (
         "evaluation after step 1: loss 0.6100  margin +0.200  accuracy 0.75  length bias +0.25 (DPO's sum +0.50)  "
-        "KL 0.0123 a token  (8 held-out pairs)"
+        "KL (estimated) 0.0123 a token  (8 held-out pairs)"
     )
     assert lines[3] == (
         "answers after step 1: 110 tokens, the base's 100 (ratio 1.10)  ended 75%  repetition 10%  (4 prompts)"

@@ -168,6 +168,8 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
         list(find_runs(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="not a run's folder"):
         read_run(tmp_path)
+    with pytest.raises(UsageError, match="no such folder"):
+        read_run(tmp_path / "nowhere")
 
 
 def test_the_table_of_runs_breaks_names_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sampo_cli import sweep
+from sampo_cli.api_sweep import Sweep
 from sampo_cli.cache import entries
 from sampo_cli.errors import ExitCode, UsageError
 from sampo_cli.metrics import read
@@ -22,6 +23,7 @@ from sampo_cli.sweep_compare import caveats, ranked
 from sampo_cli.sweep_plan import CONSENT, PlannedRun, as_text, plan_runs, read_axes, run_name, split_values, write_plan
 from sampo_cli.sweep_runs import command_of, commands_to_run
 from sampo_cli.tables_report import print_sweep
+from tests.conftest import Sampo
 from tests.test_report import write_run
 from tests.warm import Warm
 
@@ -188,6 +190,13 @@ def test_what_is_done_for_each_state(tmp_path: Path) -> None:
     assert again["killed"][:2] == ["train", "--resume"]
     trusting = PlannedRun("interrupted", tmp_path / "interrupted", {}, ["train", "--set", CONSENT])
     assert commands_to_run([trusting], plan, retry_failed=False)["interrupted"][3:] == ["--set", CONSENT]
+
+
+def test_commands_of_which_none_is_left(sampo: Sampo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A script reads nothing from stdout, and a person hears why."""
+    monkeypatch.setattr("sampo_cli.api_sweep.sweep", lambda **_: Sweep(tmp_path, "accuracy", []))
+    words = ("sweep", "--model", "m", "--data", "d", "--set", "method.beta=0.1,0.2", "--print-commands")
+    assert sampo(*words) == (0, "", "nothing is left to be run\n")
 
 
 def test_the_best_is_first() -> None:
