@@ -34,13 +34,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "experiments" / "length.jsonl"
 
+EARLY = "dpo-8"
+"""DPO that stops after eight steps: where all fifteen take it three times as far from the base as SamPO goes."""
+
 METHODS = {
     "dpo": ["--method", "dpo"],
     "sampo": ["--method", "sampo"],
     "expected": ["--method", "sampo", "--set", "method.reduction=expected"],
     "simpo": ["--method", "simpo"],
+    EARLY: ["--method", "dpo", "--max-steps", "8"],
 }
 PARTS = ("longer", "shorter", "whole")
+EARLY_PART = "shorter"
 SEEDS = (0, 1, 2)
 BASE = "base"
 
@@ -80,7 +85,8 @@ class Cell:
 
 
 def all_cells() -> list[Cell]:
-    return [Cell(seed, part, method) for seed in SEEDS for part in PARTS for method in METHODS]
+    cells = [Cell(seed, part, method) for seed in SEEDS for part in PARTS for method in METHODS]
+    return [cell for cell in cells if cell.method != EARLY or cell.part == EARLY_PART]
 
 
 def tokenized(model: str, path: Path) -> PairDataset:

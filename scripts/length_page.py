@@ -19,16 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sampo_cli import metrics
-from scripts.length_experiment import BASE, METHODS, PARTS, RESULTS, ROOT, SEEDS, SETTING, all_cells
+from scripts.length_experiment import (
+    BASE,
+    EARLY,
+    EARLY_PART,
+    METHODS,
+    PARTS,
+    RESULTS,
+    ROOT,
+    SEEDS,
+    SETTING,
+    all_cells,
+)
 
 PAGE = ROOT / "docs" / "experiments" / "length.md"
 FIGURE = ROOT / "docs" / "images" / "length.png"
 BEGIN, END = "<!-- made by: python -m scripts.length_page -->", "<!-- end -->"
 DRAWS = 2000
-OWN_REWARD = {"dpo": "sum", "sampo": "sample", "expected": "own", "simpo": "own"}
+OWN_REWARD = {"dpo": "sum", EARLY: "sum", "sampo": "sample", "expected": "own", "simpo": "own"}
 """Which of `sampo eval`'s rewards a method was trained with."""
 
-COLORS = {"dpo": "#D55E00", "sampo": "#0072B2", "expected": "#009E73", "simpo": "#CC79A7"}
+COLORS = {"dpo": "#D55E00", EARLY: "#E69F00", "sampo": "#0072B2", "expected": "#009E73", "simpo": "#CC79A7"}
 MARKERS = {"longer": "^", "shorter": "v", "whole": "o"}
 Lengths = NDArray[np.float64]
 
@@ -155,7 +166,7 @@ def spread_table(results: Results) -> str:
 
 def contrast_table(results: Results) -> str:
     """Each method's answers against DPO's after the same pairs and steps."""
-    others = [method for method in METHODS if method != "dpo"]
+    others = [method for method in METHODS if method not in ("dpo", EARLY)]
     rows = []
     for name, parts in [*((part, [part]) for part in PARTS), ("all three", list(PARTS))]:
         row = [name]
@@ -164,9 +175,25 @@ def contrast_table(results: Results) -> str:
                 row.append("-")
                 continue
             some, dpo = ([results.lengths[part, one] for part in parts] for one in (method, "dpo"))
-            row.append(f"{shown(difference(some, dpo))}; {shown(ratio(some, dpo), '.2f')}")
+            row.append(_contrast(some, dpo))
         rows.append(row)
     return table(["pairs", *(f"`{method}` against `dpo`" for method in others)], rows)
+
+
+def _contrast(some: Sequence[Lengths], others: Sequence[Lengths]) -> str:
+    return f"{shown(difference(some, others))}; {shown(ratio(some, others), '.2f')}"
+
+
+def early_table(results: Results) -> str:
+    """Every method on the pairs that DPO goes far with, against DPO stopped where it has gone as far as SamPO."""
+    early = [results.lengths[EARLY_PART, EARLY]]
+    rows = []
+    for (part, method), runs in results.runs.items():
+        if part == EARLY_PART:
+            kls = over_seeds([run["pairs"]["kl"]["value"] for run in runs], 3)
+            against = "" if method == EARLY else _contrast([results.lengths[part, method]], early)
+            rows.append([f"`{method}`", str(runs[0]["step"]), kls, against])
+    return table(["method", "steps", "KL a token", f"against `{EARLY}`"], rows)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -210,6 +237,8 @@ def tables(results: Results) -> str:
     if {("longer", "dpo"), ("shorter", "dpo")} <= results.runs.keys():
         parts += ["### Pairs that prefer longer against pairs that prefer shorter", spread_table(results)]
     parts += ["### Against DPO on the same pairs", contrast_table(results)]
+    if (EARLY_PART, EARLY) in results.runs:
+        parts += ["### At the same distance from the base: pairs that prefer shorter", early_table(results)]
     parts.append("![Change of answer length against KL, a point a run](../images/length.png)")
     return "\n\n".join(parts)
 

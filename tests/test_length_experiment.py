@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scripts import length_experiment, length_page
-from scripts.length_experiment import BASE, METHODS, PARTS, Cell, all_cells
+from scripts.length_experiment import BASE, EARLY, Cell, all_cells
 
 BASE_TOKENS = [10, 20, 30, 40]
 
@@ -48,7 +48,7 @@ def test_cells_that_have_their_line_are_not_run_again(tmp_path: Path, monkeypatc
     monkeypatch.setattr(length_experiment, "RESULTS", path)
     left = length_experiment.pending()
     assert left[0] == second
-    assert len(left) == 3 * len(PARTS) * len(METHODS) - 1
+    assert len(left) == 3 * (3 * 4 + 1) - 1
     monkeypatch.setattr(length_experiment, "RESULTS", tmp_path / "nothing.jsonl")
     assert length_experiment.pending() == [None, *all_cells()]
 
@@ -70,6 +70,15 @@ def test_lengths_by_hand(results: length_page.Results) -> None:
     assert first[8:] == ["1.00", "0.00 |"]
 
 
+def test_dpo_that_stopped_early_is_compared_where_it_ran(results: length_page.Results) -> None:
+    assert [cell.part for cell in all_cells() if cell.method == EARLY] == ["shorter"] * 3
+    rows = length_page.early_table(results).splitlines()[2:]
+    assert len(rows) == 5
+    assert rows[1].startswith("| `sampo` | 15 | 0.020 | -1 (-1 to -1); 0.94 (")
+    assert rows[4] == f"| `{EARLY}` | 15 | 0.020 |  |"
+    assert EARLY not in length_page.contrast_table(results) + length_page.spread_table(results)
+
+
 def test_a_ratio_of_usual_answers_by_hand() -> None:
     """Doubled in every answer: two, whichever prompts and seeds are drawn; one at the cap weighs as any other."""
     base = np.array([[10.0, 20.0, 1024.0]])
@@ -86,7 +95,7 @@ def test_the_interval_covers_seeds_and_prompts() -> None:
 def test_a_page_of_the_runs_that_are_there(tmp_path: Path) -> None:
     only = [line(None), line(Cell(0, "longer", "dpo"), 6), line(Cell(1, "longer", "simpo"), 5)]
     found = length_page.read_results(written(tmp_path / "length.jsonl", only))
-    assert "**2 of the 36 runs are there**" in length_page.tables(found)
+    assert "**2 of the 39 runs are there**" in length_page.tables(found)
     assert "| longer | - | - | -1 (-1 to -1); 0.96 (" in length_page.contrast_table(found)
     assert len(length_page.spread_table(found).splitlines()) == 2
     with pytest.raises(SystemExit, match="nothing to show yet"):
