@@ -2,8 +2,8 @@
 
     python -m scripts.length_page
 
-Intervals are percentile bootstrap ones over seeds and prompts, drawn together: the same prompts for adapter, base and
-every method. Legend: S seeds, Q prompts.
+Intervals are percentile bootstrap ones over seeds and prompts: the same prompts for adapter, base and every method, and
+the same seeds for methods on the same pairs. Legend: S seeds, Q prompts.
 """
 
 from __future__ import annotations
@@ -75,13 +75,19 @@ def read_results(path: Path) -> Results:
     return Results(runs, lengths, np.array(found[0]["answers"]["tokens"], float), found[0])
 
 
-def interval(groups: Sequence[Lengths], statistic: Any) -> tuple[float, float, float]:
-    """A statistic of several [S, Q] arrays, and its 95 % interval over seeds (of each array) and prompts (of all)."""
+def interval(groups: Sequence[Lengths], statistic: Any, *, paired: bool = False) -> tuple[float, float, float]:
+    """A statistic of several [S, Q] arrays, and its 95 % interval over seeds and prompts.
+
+    Args:
+        paired: row s of all arrays is of the same seed and is drawn together; else each array's seeds are.
+    """
     generator = np.random.default_rng(0)
     prompts, found = groups[0].shape[1], []
     for _ in range(DRAWS):
         drawn = generator.integers(0, prompts, prompts)
-        found.append(statistic([group[generator.integers(0, len(group), len(group))][:, drawn] for group in groups]))
+        seeds = [generator.integers(0, len(group), len(group)) for group in groups]
+        rows = seeds[:1] * len(groups) if paired else seeds
+        found.append(statistic([group[row][:, drawn] for group, row in zip(groups, rows, strict=True)]))
     low, high = np.percentile(found, [2.5, 97.5])
     return statistic(groups), float(low), float(high)
 
@@ -105,28 +111,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def difference(some: Sequence[Lengths], others: Sequence[Lengths]) -> tuple[float, float, float]:
-    """Mean length of some runs' answers minus that of others', tokens; each array weighs the same."""
-    return interval([*some, *others], lambda g: _mean(g[: len(some)]) - _mean(g[len(some) :]))
+def difference(some: Lengths, others: Lengths, *, paired: bool = False) -> tuple[float, float, float]:
+    """Mean length of some runs' answers minus that of others', tokens."""
+    return interval([some, others], lambda groups: float(groups[0].mean() - groups[1].mean()), paired=paired)
 
 
-def ratio(some: Sequence[Lengths], others: Sequence[Lengths]) -> tuple[float, float, float]:
+def ratio(some: Lengths, others: Lengths, *, paired: bool = False) -> tuple[float, float, float]:
     """The same as a ratio of geometric means: what happens to the usual answer, which the few at the cap hide."""
-    logs = [np.log(group) for group in (*some, *others)]
-    return interval(logs, lambda g: float(np.exp(_mean(g[: len(some)]) - _mean(g[len(some) :]))))
-
-
-def _mean(groups: Sequence[Lengths]) -> float:
-    return float(np.mean([group.mean() for group in groups]))
+    logs = [np.log(some), np.log(others)]
+    return interval(logs, lambda groups: float(np.exp(groups[0].mean() - groups[1].mean())), paired=paired)
 
 
 def runs_table(results: Results) -> str:
     rows = []
-    base = [results.base[None]]
+    base = results.base[None]
     for (part, method), runs in results.runs.items():
         reward = [run["pairs"]["rewards"][OWN_REWARD[method]] for run in runs]
         answers = [run["answers"] for run in runs]
-        mine = [results.lengths[part, method]]
+        mine = results.lengths[part, method]
         rows.append(
             [
                 part,
@@ -149,49 +151,44 @@ def runs_table(results: Results) -> str:
 def spread_table(results: Results) -> str:
     """How far apart a method's answers are after pairs that prefer longer and pairs that prefer shorter responses."""
     rows = []
-    for method in METHODS:
-        cells = ("longer", method), ("shorter", method)
-        if not all(cell in results.runs for cell in cells):
+    for method, on_shorter in [("dpo", EARLY), *((one, one) for one in METHODS if one != EARLY)]:
+        cells = ("longer", method), ("shorter", on_shorter)
+        if not set(cells) <= results.runs.keys():
             continue
-        kls = [run["pairs"]["kl"]["value"] for cell in cells for run in results.runs[cell]]
-        longer, shorter = ([results.lengths[cell]] for cell in cells)
-        spread = difference(longer, shorter)
-        hundredths = 100 * float(np.mean(kls))
-        for_each = (spread[0] / hundredths, spread[1] / hundredths, spread[2] / hundredths)
-        times = shown(ratio(longer, shorter), ".2f")
-        rows.append([f"`{method}`", shown(spread), times, f"{np.mean(kls):.3f}", shown(for_each, "+.1f")])
-    header = ["method", "longer minus shorter, tokens", "longer over shorter, times", "mean KL a token"]
-    return table([*header, "tokens per 0.01 nats of KL"], rows)
+        kls = [over_seeds([run["pairs"]["kl"]["value"] for run in results.runs[cell]], 3) for cell in cells]
+        longer, shorter = (results.lengths[cell] for cell in cells)
+        name = f"`{method}`" if method == on_shorter else f"`{method}`, on shorter `{on_shorter}`"
+        rows.append([name, *kls, shown(difference(longer, shorter)), shown(ratio(longer, shorter), ".1f")])
+    header = ["method", "KL a token, longer", "KL a token, shorter"]
+    return table([*header, "longer minus shorter, tokens", "longer over shorter, times"], rows)
 
 
 def contrast_table(results: Results) -> str:
     """Each method's answers against DPO's after the same pairs and steps."""
     others = [method for method in METHODS if method not in ("dpo", EARLY)]
-    rows = []
-    for name, parts in [*((part, [part]) for part in PARTS), ("all three", list(PARTS))]:
-        row = [name]
-        for method in others:
-            if not {(part, one) for part in parts for one in (method, "dpo")} <= results.runs.keys():
-                row.append("-")
-                continue
-            some, dpo = ([results.lengths[part, one] for part in parts] for one in (method, "dpo"))
-            row.append(_contrast(some, dpo))
-        rows.append(row)
+    rows = [[part, *(_contrast(results, part, method, "dpo") for method in others)] for part in PARTS]
     return table(["pairs", *(f"`{method}` against `dpo`" for method in others)], rows)
 
 
-def _contrast(some: Sequence[Lengths], others: Sequence[Lengths]) -> str:
-    return f"{shown(difference(some, others))}; {shown(ratio(some, others), '.2f')}"
+def _contrast(results: Results, part: str, method: str, other: str) -> str:
+    """Two methods on the same pairs: the seeds that both have."""
+    cells = [(part, method), (part, other)]
+    seeds = [[run["seed"] for run in results.runs.get(cell, [])] for cell in cells]
+    common = [seed for seed in SEEDS if all(seed in known for known in seeds)]
+    if not common:
+        return "-"
+    rows = [[known.index(seed) for seed in common] for known in seeds]
+    some, others = (results.lengths[cell][row] for cell, row in zip(cells, rows, strict=True))
+    return f"{shown(difference(some, others, paired=True))}; {shown(ratio(some, others, paired=True), '.2f')}"
 
 
 def early_table(results: Results) -> str:
     """Every method on the pairs that DPO goes far with, against DPO stopped where it has gone as far as SamPO."""
-    early = [results.lengths[EARLY_PART, EARLY]]
     rows = []
     for (part, method), runs in results.runs.items():
         if part == EARLY_PART:
             kls = over_seeds([run["pairs"]["kl"]["value"] for run in runs], 3)
-            against = "" if method == EARLY else _contrast([results.lengths[part, method]], early)
+            against = "" if method == EARLY else _contrast(results, part, method, EARLY)
             rows.append([f"`{method}`", str(runs[0]["step"]), kls, against])
     return table(["method", "steps", "KL a token", f"against `{EARLY}`"], rows)
 

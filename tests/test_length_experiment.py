@@ -55,15 +55,14 @@ def test_cells_that_have_their_line_are_not_run_again(tmp_path: Path, monkeypatc
 
 def test_lengths_by_hand(results: length_page.Results) -> None:
     assert results.lengths["longer", "sampo"].tolist() == [[15, 25, 35, 45]]
-    longer, shorter = ([results.lengths[part, "dpo"]] for part in ("longer", "shorter"))
+    longer, shorter = (results.lengths[part, "dpo"] for part in ("longer", "shorter"))
     assert length_page.difference(longer, shorter) == (8.0, 8.0, 8.0)
-    contrast = length_page.contrast_table(results).splitlines()
-    assert contrast[4].startswith("| whole | -1 (-1 to -1); 0.95 (")
-    assert contrast[4].endswith(" | +0 (+0 to +0); 1.00 (1.00 to 1.00) | +0 (+0 to +0); 1.00 (1.00 to 1.00) |")
-    assert contrast[5].startswith("| all three | -1 (-1 to -1); 0.95 (")
-    spread = length_page.spread_table(results).splitlines()[2].split(" | ")
-    assert spread[:2] == ["| `dpo`", "+8 (+8 to +8)"]
-    assert spread[3:] == ["0.020", "+4.0 (+4.0 to +4.0) |"]  # 8 tokens over 0.02 nats: 4 for each hundredth
+    whole = length_page.contrast_table(results).splitlines()[4]
+    assert whole.startswith("| whole | -1 (-1 to -1); 0.95 (")
+    assert whole.endswith(" | +0 (+0 to +0); 1.00 (1.00 to 1.00) | +0 (+0 to +0); 1.00 (1.00 to 1.00) |")
+    early, dpo = length_page.spread_table(results).splitlines()[2:4]
+    assert early.startswith(f"| `dpo`, on shorter `{EARLY}` | 0.020 | 0.020 | +8 (+8 to +8) | 1.5 (")
+    assert dpo.startswith("| `dpo` | 0.020 | 0.020 | +8 (+8 to +8) | 1.5 (")  # 16, 26 ... over 8, 18 ...
     first = length_page.runs_table(results).splitlines()[2].split(" | ")
     assert first[:7] == ["| longer", "`dpo`", "0.50", "0.75", "-", "0.020", "+6 (+6 to +6)"]
     assert first[7].startswith("1.30 (")  # sixteen, 26, 36 and 46 over 10, 20, 30 and 40
@@ -76,26 +75,29 @@ def test_dpo_that_stopped_early_is_compared_where_it_ran(results: length_page.Re
     assert len(rows) == 5
     assert rows[1].startswith("| `sampo` | 15 | 0.020 | -1 (-1 to -1); 0.94 (")
     assert rows[4] == f"| `{EARLY}` | 15 | 0.020 |  |"
-    assert EARLY not in length_page.contrast_table(results) + length_page.spread_table(results)
+    assert EARLY not in length_page.contrast_table(results)
 
 
 def test_a_ratio_of_usual_answers_by_hand() -> None:
     """Doubled in every answer: two, whichever prompts and seeds are drawn; one at the cap weighs as any other."""
     base = np.array([[10.0, 20.0, 1024.0]])
-    assert length_page.ratio([2 * base], [base]) == pytest.approx((2.0, 2.0, 2.0))
-    assert length_page.ratio([base * [1, 1, 8]], [base])[0] == pytest.approx(2.0)
+    assert length_page.ratio(2 * base, base) == pytest.approx((2.0, 2.0, 2.0))
+    assert length_page.ratio(base * [1, 1, 8], base)[0] == pytest.approx(2.0)
 
 
 def test_the_interval_covers_seeds_and_prompts() -> None:
     """Two seeds that differ by 100 in every answer: a mean of 50, and draws that see one of the two only."""
     group = np.array([[0.0] * 4, [100.0] * 4])
     assert length_page.interval([group], lambda groups: float(groups[0].mean())) == (50.0, 0.0, 100.0)
+    assert length_page.difference(group + 3, group, paired=True) == (3.0, 3.0, 3.0)
+    assert length_page.difference(group + 3, group) == (3.0, -97.0, 103.0)
 
 
 def test_a_page_of_the_runs_that_are_there(tmp_path: Path) -> None:
-    only = [line(None), line(Cell(0, "longer", "dpo"), 6), line(Cell(1, "longer", "simpo"), 5)]
+    only = [line(None), line(Cell(0, "longer", "dpo"), 6), line(Cell(0, "longer", "simpo"), 5)]
+    only.append(line(Cell(1, "longer", "simpo"), 7))  # of a seed that DPO has no run of
     found = length_page.read_results(written(tmp_path / "length.jsonl", only))
-    assert "**2 of the 39 runs are there**" in length_page.tables(found)
+    assert "**3 of the 39 runs are there**" in length_page.tables(found)
     assert "| longer | - | - | -1 (-1 to -1); 0.96 (" in length_page.contrast_table(found)
     assert len(length_page.spread_table(found).splitlines()) == 2
     with pytest.raises(SystemExit, match="nothing to show yet"):
