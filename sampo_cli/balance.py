@@ -8,7 +8,6 @@ Legend: P pairs.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sampo_cli.dataset import PairDataset
-from sampo_cli.disk import whole_file
+from sampo_cli.disk import is_writable, whole_file
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.formats import Conversation, Role, Unusable, known_columns, read_row
 from sampo_cli.label_bias import LabelBias, label_bias
@@ -53,7 +52,7 @@ def check_target(path: Path) -> None:
         raise UsageError(f"--balance {path}: its rows are JSON lines", hint="name it .jsonl")
     if path.exists() or path.is_symlink():
         raise UsageError(f"--balance {path}: it is already there", hint="name another file, or delete it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not is_writable(path.parent):
         raise UsageError(f"--balance {path}: {path.parent} is no folder that can be written", hint="make it first")
 
 

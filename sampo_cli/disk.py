@@ -40,6 +40,11 @@ def existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
+def is_writable(folder: Path) -> bool:
+    """True for a folder that is there and may be written into."""
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def is_full(error: BaseException, path: Path) -> bool:
     """True if a write to `path` failed for want of room, which Python, Rust and C++ each put in their own way."""
     if isinstance(error, OSError) and error.errno is not None:

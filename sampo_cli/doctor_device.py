@@ -235,14 +235,13 @@ def check_kernels() -> Iterator[Check]:
 
 def _small_model() -> Any:
     """A random Llama of one layer on the card, in its compute dtype."""
-    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from sampo_cli.generate import own_draws
     from sampo_cli.model import pick_device, pick_dtype
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     device = pick_device()
-    with torch.random.fork_rng(devices=[]):  # made on the CPU
-        torch.manual_seed(0)
+    with own_draws(device, 0):
         return AutoModelForCausalLM.from_config(config, dtype=pick_dtype("auto", device)).to(device)

@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from sampo_cli.cache import cache_folder
-from sampo_cli.disk import existing
+from sampo_cli.disk import existing, is_writable
 
 PACKAGE = Path(__file__).resolve().parent
 DISTRIBUTION = "sampo-cli"
@@ -149,7 +149,7 @@ def _disk(name: str, path: Path, advice: str) -> Check:
     place = existing(path)
     total, _, free = shutil.disk_usage(place)
     found = f"{free / GB:,.0f} GB free for {path.absolute()}"
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not is_writable(place):
         return Check(name, "fail", f"{place} is no folder that can be written", advice)
     if total and free < LOW_GB[name] * GB:  # some file systems do not say how large they are
         return Check(name, "fail" if free < LEAST_GB * GB else "warn", found, advice)

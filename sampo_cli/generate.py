@@ -103,7 +103,7 @@ def complete(
     context = context_length(policy.causal_lm.config)
     rows: list[list[int]] = [[] for _ in prompts]
     unfinished, stretch = list(range(len(prompts))), FIRST_STRETCH
-    with _evaluating(policy), _own_draws(policy.causal_lm.device, decoding.seed):
+    with _evaluating(policy), own_draws(policy.causal_lm.device, decoding.seed):
         while unfinished:
             texts = {index: np.append(prompts[index], np.array(rows[index], np.int32)) for index in unfinished}
             unfinished.sort(key=lambda index: -len(texts[index]))
@@ -139,7 +139,7 @@ def _evaluating(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def _own_draws(device: torch.device, seed: int) -> Iterator[None]:
+def own_draws(device: torch.device, seed: int) -> Iterator[None]:
     """Inside, torch draws from `seed`; afterwards from where it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -5,7 +5,6 @@ Everything that can be wrong with a recipe, a tokenizer or the data is found her
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from sampo_cli.batch import Draw
 from sampo_cli.config import Recipe, resolve, validate
 from sampo_cli.data_report import Token, token_view
 from sampo_cli.dataset import PairDataset, prepare, split
-from sampo_cli.disk import existing, expanded
+from sampo_cli.disk import existing, expanded, is_writable
 from sampo_cli.early_stopping import kind_of
 from sampo_cli.errors import DataError, UsageError
 from sampo_cli.journal import METRICS_FILE, TEXTS_FILE
@@ -202,7 +201,7 @@ def refuse_unwritable(folder: Path) -> None:
         UsageError: it, or the nearest above it that is there, is no folder or not ours to write into.
     """
     place = existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not is_writable(place):
         raise UsageError(f"{folder} cannot be made: {place} is no folder that can be written", hint="--output another")
 
 

@@ -6,7 +6,6 @@ A figure is made from numbers and returned; nothing is read here, and no window 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sampo_cli.disk import existing, writing
+from sampo_cli.disk import existing, is_writable, writing
 from sampo_cli.errors import UsageError
 from sampo_cli.label_bias import GapStep
 
@@ -58,7 +57,7 @@ def check_plots(folder: Path) -> None:
             "--plot: matplotlib is not installed", hint="pip install matplotlib (the extra 'report' has it)"
         )
     place = existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if not is_writable(place):
         raise UsageError(f"--plot {folder}: {place} is no folder that can be written", hint="name another folder")
 
 
