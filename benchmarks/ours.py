@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.contender import Gate, Work, share_adapter
 from benchmarks.pairs import Silent
 from benchmarks.settings import recipe_of
-from sampo_cli import feed
+from sampo_cli import feed, model
 from sampo_cli.batch import Pair
 from sampo_cli.method_table import METHODS
 from sampo_cli.model import load_policy
@@ -23,6 +23,8 @@ def run(work: Work, connection: Connection) -> None:
     if not work.variant.sorting:
         # How a step is cut is no setting of sampo, so the function is replaced, in this process only.
         feed.micro_batches = in_given_order(work.settings.pairs_per_microbatch)
+    if not work.variant.joined:  # nor is this
+        model.join_adapters = lambda *_, **__: 0
     policy, facts = load_policy(
         recipe.model, recipe.lora, seed=train.seed, checkpointing=train.checkpointing, offload=train.offload_activations
     )

@@ -19,14 +19,16 @@ from sampo_cli.plan import resolve_recipe
 from sampo_cli.settings import apply_settings
 
 UNSORTED = "no-length-sorting"
+PEFT_LAYERS = "peft-layers"
 CHANGES: dict[str, tuple[str, ...]] = {
     "no-prefix-sharing": ("model.layout=separate",),
     "no-cache": ("train.cache_reference=off",),
     "cache": ("train.cache_reference=on",),
     "no-kernels": ("model.kernels=none",),
     UNSORTED: (),
+    PEFT_LAYERS: (),
 }
-"""Changes with a name, as settings of the recipe; sorting is no setting, so the benchmark replaces the function."""
+"""Changes with a name, as settings of the recipe; the last two are no settings, so the benchmark replaces functions."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run sampo. `changes` are `section.key=value`; without `sorting`, pairs are cut in random order."""
+    """One way to run sampo. `changes` are `section.key=value`.
+
+    Attributes:
+        sorting: without it, pairs are cut in random order.
+        joined: without it, LoRA layers are computed as PEFT does.
+    """
 
     name: str
     method: str
     changes: tuple[str, ...] = ()
     sorting: bool = True
+    joined: bool = True
 
 
 def parse_variant(text: str, method: str) -> Variant:
@@ -85,7 +93,8 @@ def parse_variant(text: str, method: str) -> Variant:
         else:
             known = ", ".join(CHANGES)
             raise UsageError(f"variant '{text}': '{part}' is unknown", hint=f"a method, {known} or section.key=value")
-    return Variant(text, method, tuple(changes), UNSORTED not in text.split("+"))
+    parts = text.split("+")
+    return Variant(text, method, tuple(changes), UNSORTED not in parts, PEFT_LAYERS not in parts)
 
 
 def variants_of(arguments: argparse.Namespace) -> list[Variant]:
@@ -140,6 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-cache", action="store_true", help="ours computes the reference in every epoch")
     add("--no-prefix-sharing", action="store_true", help="ours computes the prompt for each response")
     add("--no-length-sorting", action="store_true", help="ours cuts pairs in random order, as trl does")
+    add("--peft-layers", action="store_true", help="ours computes LoRA layers as PEFT does")
     add("--trl-precompute", action="store_true", help="trl computes its reference once, before the first step")
     add("--device", choices=["cuda", "cpu"], help="the GPU where there is one, if not given")
     add("--quantization", choices=["nf4", "int8", "none"], default="none")

@@ -27,7 +27,10 @@ TokenIds = NDArray[np.int32]
 Logps = NDArray[np.float32]
 
 FORWARD_COST = 128
-"""What one more forward pass costs, in positions; padding below that is cheaper than another cut."""
+"""What one more forward pass costs at least, in positions; padding below that is cheaper than another cut."""
+
+FORWARD_SHARE = 32
+"""It costs a part in so many of the budget where that is more: who has room for large passes is slow in small ones."""
 
 PADDING = -1
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -241,14 +244,20 @@ def step_indices(pairs: int, pairs_per_step: int, seed: int, step: int) -> tuple
     return epoch, epoch_order(pairs, seed, epoch)[within * pairs_per_step :][:pairs_per_step]
 
 
+def forward_cost(token_budget: int) -> int:
+    """Positions that one more forward pass is worth."""
+    return max(FORWARD_COST, token_budget // FORWARD_SHARE)
+
+
 def micro_batches(
     pairs: Iterable[Pair], token_budget: int, layout: Layout = "shared", most_pairs: int | None = None
 ) -> list[list[Pair]]:
     """Cut a step's pairs into micro-batches of at most `token_budget` positions, padding included.
 
-    Pairs are sorted by length, longest first, and cut where the sum of padding and of `FORWARD_COST` per micro-batch
+    Pairs are sorted by length, longest first, and cut where the sum of padding and of `forward_cost` per micro-batch
     is least. A pair that is longer than the budget gets a micro-batch of its own.
     """
+    cost = forward_cost(token_budget)
     ordered = sorted(pairs, key=lambda pair: (-max(pair.row_lengths(layout)), pair.pair_id))
     rows_per_pair = 1 if layout == "shared" else 2
     widths = [rows_per_pair * max(pair.row_lengths(layout)) for pair in ordered]
@@ -257,7 +266,7 @@ def micro_batches(
     for start in range(len(ordered) - 1, -1, -1):
         most = min(max(1, token_budget // widths[start]), most_pairs or len(ordered))
         ends = range(start + 1, min(start + most, len(ordered)) + 1)
-        best[start] = min((FORWARD_COST + widths[start] * (end - start) + best[end][0], end) for end in ends)
+        best[start] = min((cost + widths[start] * (end - start) + best[end][0], end) for end in ends)
     groups, start = [], 0
     while start < len(ordered):
         end = best[start][1]

@@ -20,6 +20,7 @@ from sampo_cli.batch import Draw, Layout, Pair, PairBatch, collate
 from sampo_cli.config import Recipe
 from sampo_cli.errors import ModelError
 from sampo_cli.ledger import UNPACKED, Ledger
+from sampo_cli.lora_linear import join_adapters
 from sampo_cli.method_table import METHODS
 from sampo_cli.optim import SMALLEST_8BIT, optimizer_name
 from sampo_cli.pair_attention import LEAST_POSITIONS, Bounds, row_bounds
@@ -101,6 +102,7 @@ class Rehearsal:
         with torch.device("meta"):
             model = with_adapter(base, recipe.model, recipe.lora)
         set_checkpointing(base, recipe.train.checkpointing)
+        join_adapters(model, in_place=recipe.train.checkpointing != "selective")
         if cuda:
             without_casts(model)
         self.layout: Layout = "separate" if is_state_space(type(base)) else "shared"

@@ -23,6 +23,7 @@ from sampo_cli.fingerprint import weights_fingerprint
 from sampo_cli.flex import use_attention
 from sampo_cli.kernels import use_kernels
 from sampo_cli.lora import add_adapter, resume_adapter
+from sampo_cli.lora_linear import join_adapters
 from sampo_cli.policy import FUSED_LAYERS, POLICY_ADAPTER, Policy, check_head, find_layout, is_state_space, use_pieces
 from sampo_cli.remote import fetch_model, first_line, local_folder
 from sampo_cli.sharding import is_sharded, shard
@@ -235,6 +236,8 @@ def load_policy(
         adapter.base_model_name_or_path = str(local_folder(config.name) or config.name)
         adapter.revision = config.revision
     set_checkpointing(base, checkpointing)
+    if not is_sharded():  # who shards gathers a layer's weights when PEFT calls it
+        join_adapters(model, in_place=checkpointing != "selective")
     policy = Policy(model, dtype=pick_dtype(config.dtype, device), offload=offload)
     sizes = Sizes.of(model)
     if is_sharded():

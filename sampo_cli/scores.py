@@ -23,10 +23,14 @@ class TokenScores(NamedTuple):
 
 
 def by_response(batch: PairBatch, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of scored tokens, [N], summed over the chosen and over the rejected responses, [B] each."""
-    per_response = torch.zeros(2 * batch.pairs, device=values.device, dtype=values.dtype)
-    per_response = per_response.index_add(0, batch.owner, values)
-    return per_response[0::2], per_response[1::2]
+    """Numbers of scored tokens, [N], summed over the chosen and over the rejected responses, [B] each.
+
+    In float64: a GPU adds them up in any order, and what a float32 loses of a sum of thousands is more than a reward of
+    the first steps.
+    """
+    wide = values.double() if values.is_floating_point() else values
+    sums = torch.zeros(2 * batch.pairs, device=values.device, dtype=wide.dtype).index_add(0, batch.owner, wide)
+    return sums[0::2].to(values.dtype), sums[1::2].to(values.dtype)
 
 
 def pair_scores(

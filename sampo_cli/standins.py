@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from sampo_cli import logprobs
 from sampo_cli.activations import movable
@@ -24,25 +23,26 @@ BIAS_ALIGNMENT = 16
 """The memory-efficient kernel wants rows of its bias to be multiples of this; others are copied into longer ones."""
 
 
-class SdpaOnCuda(TorchFunctionMode):
-    """Inside, torch's scaled dot-product attention is its memory-efficient kernel, to which a mask is a bias.
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    """Scaled dot-product attention as flash attention, or by the memory-efficient kernel.
 
-    A boolean mask [R, 1, S, S] becomes numbers in the query's dtype, for each layer anew, and is kept for backward.
+    Flash attention takes no mask and 16 bits only, and fewer heads of keys than of queries as they are. To the other a
+    mask is a bias: a boolean [R, 1, S, S] becomes numbers in the query's dtype, for each layer anew, and is kept.
     """
+    if attn_mask is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (heads.repeat_interleave(groups, 1) if groups > 1 else heads for heads in (key, value))
+    return _memory_efficient(query, key, value, attn_mask)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _memory_efficient(*args, **(kwargs or {}))
 
-
-def _memory_efficient(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+def _memory_efficient(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
     bias = None
     if attn_mask is not None:
         length, width = attn_mask.shape[-2:]
         bias = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill_(~attn_mask.bool(), -torch.inf)
         if width % BIAS_ALIGNMENT:
-            bias = nn.functional.pad(bias, (0, -width % BIAS_ALIGNMENT))[..., :width]
+            bias = functional.pad(bias, (0, -width % BIAS_ALIGNMENT))[..., :width]
         bias = bias.expand(*query.shape[:2], length, width)
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[0]
 
@@ -100,12 +100,12 @@ def on_cuda(memory: int) -> Iterator[None]:
     """Inside, attention and the chunks of logits are those of a GPU with so many bytes."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    chunk = logprobs.CPU_CHUNK
+    chunk, sdpa = logprobs.CPU_CHUNK, functional.scaled_dot_product_attention
     logprobs.CPU_CHUNK = memory // logprobs.CUDA_CHUNK_SHARE
     ALL_ATTENTION_FUNCTIONS[FLEX] = _flex_on_cuda
+    functional.scaled_dot_product_attention = _sdpa
     try:
-        with SdpaOnCuda():
-            yield
+        yield
     finally:
-        logprobs.CPU_CHUNK = chunk
+        logprobs.CPU_CHUNK, functional.scaled_dot_product_attention = chunk, sdpa
         del ALL_ATTENTION_FUNCTIONS[FLEX]

@@ -145,6 +145,7 @@ def load_subject(subject: Subject) -> Policy:
     """
     from sampo_cli.fingerprint import weights_fingerprint
     from sampo_cli.lora import trained_adapter
+    from sampo_cli.lora_linear import join_adapters
     from sampo_cli.model import load_base, pick_device, pick_dtype, settle_layout
     from sampo_cli.policy import Policy
     from sampo_cli.remote import fetch_model
@@ -157,6 +158,7 @@ def load_subject(subject: Subject) -> Policy:
     if subject.adapter:
         fingerprint = weights_fingerprint(fetch_model(config.name, config.revision))
         model = trained_adapter(model, str(subject.adapter), fingerprint)
+        join_adapters(model)
     policy = Policy(model, dtype=pick_dtype(config.dtype, device))
     policy.eval()
     settle_layout(policy, config)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sampo_cli.batch import FORWARD_COST, Layout, Pair, epoch_order, row_positions, shares, steps_per_epoch
+from sampo_cli.batch import Layout, Pair, epoch_order, forward_cost, row_positions, shares, steps_per_epoch
 from sampo_cli.config import MethodConfig, Recipe
 from sampo_cli.dataset import PairDataset
 from sampo_cli.rounds import Schedule
@@ -147,19 +147,19 @@ def planned(rows: Counts, pairs_per_step: int, budget: int, most_pairs: int | No
 def _cut(widths: Counts, budget: int, most_pairs: int) -> tuple[int, int]:
     """Positions and passes of K steps whose pairs are sorted, widest first; widths [K, B].
 
-    `cost[i]`, [K]: least cost of each step's pairs from i on, of which `passes[i]` times FORWARD_COST is for passes.
+    `cost[i]`, [K]: least cost of each step's pairs from i on, of which `passes[i]` times `forward_cost` is for passes.
     """
-    steps, pairs = widths.shape
+    (steps, pairs), pass_cost = widths.shape, forward_cost(budget)
     cost, passes = np.zeros((pairs + 1, steps), np.int64), np.zeros((pairs + 1, steps), np.int64)
     for start in range(pairs - 1, -1, -1):
         width = widths[:, start]
         most = np.minimum(np.maximum(budget // width, 1), most_pairs)
         best = np.full(steps, np.iinfo(np.int64).max)
         for end in range(start + 1, min(start + int(most.max()), pairs) + 1):
-            candidate = FORWARD_COST + width * (end - start) + cost[end]
+            candidate = pass_cost + width * (end - start) + cost[end]
             better = (end - start <= most) & (candidate < best)
             best = np.where(better, candidate, best)
             passes[start] = np.where(better, passes[end] + 1, passes[start])
         cost[start] = best
     forwards = int(passes[0].sum())
-    return int(cost[0].sum()) - FORWARD_COST * forwards, forwards
+    return int(cost[0].sum()) - pass_cost * forwards, forwards

@@ -25,6 +25,12 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
         signal.signal(number, usual)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests marked `gpu` see one: the others say what a CPU gives, to the last bit."""
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Each test's outcome, once: with several workers, their controller hears of it too."""
     if "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or report.outcome != "passed"):

@@ -19,6 +19,7 @@ from sampo_cli import activations
 from sampo_cli.activations import Checkpointing, Offload, offload_note, offloaded, set_checkpointing
 from sampo_cli.batch import Draw, PairBatch, collate
 from sampo_cli.config import LoraSection, ModelConfig
+from sampo_cli.lora_linear import join_adapters
 from sampo_cli.model import load_policy
 from sampo_cli.policy import Policy, reference
 from tests import tiny
@@ -94,13 +95,19 @@ def watched(offload: Offload) -> Iterator[list[tuple[torch.Tensor, bool]]]:
         yield seen
 
 
+def checkpoint(policy: Policy, checkpointing: Checkpointing) -> None:
+    """What `load_policy` does."""
+    set_checkpointing(policy.causal_lm, checkpointing)
+    join_adapters(policy, in_place=checkpointing != "selective")
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_neox", "qwen3"])
 def test_what_is_computed_again_gives_the_same_gradients(name: str, quantization: str, tmp_path: Path) -> None:
     policy = load(tiny.save_model(tiny.CONFIGS[name](), tmp_path / name), "none", quantization)
     expected = gradients(policy)
     for checkpointing in ("all", "selective"):
-        set_checkpointing(policy.causal_lm, checkpointing)
+        checkpoint(policy, checkpointing)
         assert_equal(gradients(policy), expected)
 
 
@@ -108,7 +115,7 @@ def test_checkpointing_under_autocast_gives_the_same_gradients(tiny_llama: Path)
     policy = load(tiny_llama, "none", dtype="bfloat16")
     expected = gradients(policy)
     for checkpointing in ("all", "selective"):
-        set_checkpointing(policy.causal_lm, checkpointing)
+        checkpoint(policy, checkpointing)
         assert_equal(gradients(policy), expected)
 
 
@@ -135,7 +142,7 @@ def test_a_4_bit_projection_is_kept(tiny_llama: Path) -> None:
     policy = load(tiny_llama, "none", "nf4")
     counts = []
     for checkpointing in ("none", "all", "selective"):
-        set_checkpointing(policy.causal_lm, checkpointing)
+        checkpoint(policy, checkpointing)
         with CountOps() as mode:
             gradients(policy)
         counts.append(mode.counts["bitsandbytes.gemm_4bit.default"])
@@ -168,7 +175,7 @@ def test_kernels_that_rotate_keys_in_place_do_not_spoil_what_is_kept(
     # No adapter on the keys: what the kernel gets is what the projection gave, not a sum of it.
     policy = load(tiny_llama, "all", targets=["q_proj", "v_proj"])
     expected = gradients(policy)
-    set_checkpointing(policy.causal_lm, "selective")
+    checkpoint(policy, "selective")
     assert_equal(gradients(policy), expected)
 
 
@@ -176,7 +183,7 @@ def test_the_reference_computes_nothing_twice(tiny_llama: Path) -> None:
     policy = load(tiny_llama, "none")
     counts = []
     for checkpointing in ("none", "all", "selective"):
-        set_checkpointing(policy.causal_lm, checkpointing)
+        checkpoint(policy, checkpointing)
         batch = make_batch(policy)
         with reference(policy), CountOps() as mode:
             policy(batch)

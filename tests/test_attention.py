@@ -132,9 +132,7 @@ def test_torch_traces_flex_attention_twice_for_any_lengths_and_numbers_of_pairs(
 
 def test_a_device_on_which_flex_does_not_run_is_found_by_trial() -> None:
     """Such as a CPU, for which torch has no backward pass."""
-    reason = flex_failure(tiny.make_model(tiny.CONFIGS["llama"]()))
-    assert "does not run here" in reason
-    assert "backward" in reason
+    assert "does not run here" in flex_failure(tiny.make_model(tiny.CONFIGS["llama"]()))
 
 
 def test_gradients_of_rows_end_to_end_are_those_of_rows() -> None:

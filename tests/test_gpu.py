@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from sampo_cli.batch import Draw, Pair, PairBatch, collate
 from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.logprobs import Head, chunk_rows, token_logps
 from sampo_cli.model import load_policy
 from sampo_cli.policy import Policy, reference
+from sampo_cli.scores import by_response
 from tests import tiny
 from tests.test_attention import FLEXIBLE, traced
 from tests.test_cli import succeeds, train_flags
@@ -160,6 +162,38 @@ def test_a_fresh_adapter_is_its_reference_exactly(name: str, dtype: str, tmp_pat
     with reference(policy):
         before = policy(batch)
     assert torch.equal(policy(batch), before)
+
+
+def test_sums_over_long_responses_are_the_same_every_time() -> None:
+    """What a GPU adds up in any order, in numbers so large that float32 would show it."""
+    batch = random_batch([(20, 4000, 3000)] * 4)
+    logps = -20 * torch.rand(len(batch.targets), generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    first, again = (torch.stack(by_response(batch, logps)) for _ in range(2))
+    assert torch.equal(first, again)
+    exact = torch.stack(by_response(batch.to("cpu"), logps.cpu()))
+    torch.testing.assert_close(first.cpu(), exact, rtol=2e-7, atol=0)
+
+
+def test_a_first_loss_is_that_of_no_difference(tmp_path: Path) -> None:
+    """Policy and reference through flex attention, Liger's kernels and 4-bit products, of a width that people train."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = LlamaConfig(**(tiny.SIZES | sizes | {"head_dim": 128, "num_hidden_layers": 4}))
+    policy, _ = load(tiny.save_model(config, tmp_path / "wide"), quantization="nf4")
+    batch = random_batch([(384, 640, 420), (384, 400, 640), (300, 500, 500)])
+    with reference(policy):
+        before = policy(batch)
+    assert torch.equal(policy(batch), before)
+
+
+def test_joined_adapters_are_those_of_peft(tmp_path: Path) -> None:
+    folder = tiny.save_model(tiny.CONFIGS["qwen2"](), tmp_path / "qwen2")
+    batch = random_batch([(120, 50, 140), (200, 170, 30)])
+    for dtype in TOLERANCES:
+        policy, _ = load(folder, quantization="nf4", dtype=dtype, attention="sdpa", kernels="none")
+        joined = outcome(policy, batch)
+        for module in policy.modules():
+            vars(module).pop("forward", None)
+        assert_alike(joined, outcome(policy, batch), dtype)
 
 
 def test_a_run_with_the_paged_optimizer_and_its_resume(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:

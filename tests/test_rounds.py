@@ -38,10 +38,10 @@ def test_reference_free_methods_compute_no_reference(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(make_recipe(tiny_llama, "simpo"), tmp_path / "run")
-    monkeypatch.setattr(trainer.raw_policy.model, "disable_adapter", None)
+    monkeypatch.setattr(trainer.raw_policy, "adapted", None)
     trainer.train_step([0, 1, 2], 0)
     other = make_trainer(make_recipe(tiny_llama, "dpo"), tmp_path / "dpo")
-    monkeypatch.setattr(other.raw_policy.model, "disable_adapter", None)
+    monkeypatch.setattr(other.raw_policy, "adapted", None)
     with pytest.raises(TypeError):
         other.train_step([0, 1, 2], 0)
 
