@@ -16,7 +16,7 @@ from sampo_cli.disk import write_text
 from sampo_cli.errors import UsageError
 from sampo_cli.formats import Message, Unusable
 from sampo_cli.generate import Decoding, choice_of, completion_of, end_tokens
-from sampo_cli.policy import Policy
+from sampo_cli.policy import Policy, base
 from sampo_cli.template import PairEncoder
 
 Side = Literal["adapter", "base"]
@@ -134,9 +134,8 @@ class Chat:
     @contextmanager
     def _speaking(self, side: Side) -> Iterator[None]:
         """Inside, the model is that side."""
-        model: Any = self.policy.model
         if side == "base" and self.has_adapter:
-            with model.disable_adapter():
+            with base(self.policy):
                 yield
         else:
             yield

@@ -190,7 +190,7 @@ def base(policy: nn.Module) -> Iterator[None]:
 
     PEFT's own way asks every module for its state first, which takes longer than many a layer's forward pass.
     """
-    layers = getattr(policy, "module", policy).adapted
+    layers: list[Any] = getattr(policy, "module", policy).adapted  # type: ignore[assignment]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -103,7 +103,7 @@ def on_cuda(memory: int) -> Iterator[None]:
     chunk, sdpa = logprobs.CPU_CHUNK, functional.scaled_dot_product_attention
     logprobs.CPU_CHUNK = memory // logprobs.CUDA_CHUNK_SHARE
     ALL_ATTENTION_FUNCTIONS[FLEX] = _flex_on_cuda
-    functional.scaled_dot_product_attention = _sdpa
+    functional.scaled_dot_product_attention = _sdpa  # type: ignore[assignment]
     try:
         yield
     finally:

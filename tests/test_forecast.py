@@ -370,9 +370,7 @@ def test_a_model_that_cannot_be_foretold_says_so(tmp_path: Path, pairs_file: Pat
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("checkpointing", ["all", "selective", "none"])
-def test_sdpa_on_cuda_with_fewer_heads_of_keys_than_of_queries(
-    tmp_path: Path, checkpointing: str, dtype: str
-) -> None:
+def test_sdpa_on_cuda_with_fewer_heads_of_keys_than_of_queries(tmp_path: Path, checkpointing: str, dtype: str) -> None:
     """Long rows in pieces, without a mask: keys are as many as their heads in 16 bits, and repeated in 32."""
     kept = {}
     for groups in (1, 4):

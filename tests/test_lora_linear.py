@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,9 +81,9 @@ def test_an_adapter_of_zeros_is_its_base_exactly(tiny_llama: Path, quantization:
 
 
 @pytest.fixture
-def adapted() -> Iterator[PeftModel]:
+def adapted() -> PeftModel:
     model = tiny.make_model(tiny.CONFIGS["llama"]())
-    yield add_adapter(model, LoraSection(r=4, dropout=0.5), seed=0)
+    return add_adapter(model, LoraSection(r=4, dropout=0.5), seed=0)
 
 
 def test_which_layers_are_joined(adapted: PeftModel) -> None:
