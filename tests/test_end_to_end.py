@@ -130,8 +130,8 @@ def test_a_real_model_learns_real_pairs(smollm: Path, tmp_path: Path) -> None:
 
     from scripts import demo
 
-    (answer,) = demo.answers(tmp_path / "run" / "merged", ["What is the capital of France?"])
-    assert "Paris" in answer.text
+    (answer,) = demo.answers(tmp_path / "run" / "merged", ["What is the opposite of hot?"])
+    assert "cold" in answer.text  # of which the base is sure: 0.8 before the next best word
     assert answer.ended
 
 
