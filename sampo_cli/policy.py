@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sampo_cli.activations import offloaded
@@ -77,7 +76,7 @@ class Policy(nn.Module):
         self.pieces_from: int | None = None
         self.sharded = False
         self.model = model
-        self.adapted: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.adapted: list[Any] = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
         self.layout: Layout = layout
         self.dtype = dtype
 
