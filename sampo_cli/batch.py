@@ -30,7 +30,7 @@ FORWARD_COST = 128
 """What one more forward pass costs at least, in positions; padding below that is cheaper than another cut."""
 
 FORWARD_SHARE = 32
-"""It costs a part in so many of the budget where that is more: who has room for large passes is slow in small ones."""
+"""It costs this fraction (1/32) of the budget where that is more: with room for large passes, small ones waste time."""
 
 PADDING = -1
 PROMPT, CHOSEN, REJECTED = 0, 1, 2

@@ -25,7 +25,7 @@ from sampo_cli.signals import resume_command
 from sampo_cli.state import generator_states, restore_generators
 
 START_TOKENS = {"cuda": 8192, "cpu": 4096}
-"""Where the search begins; more than that makes no step faster."""
+"""Where the search begins; more makes a step faster only where a card waits for the processor (docs/performance.md)."""
 
 HINT = "lower --max-length, try --set train.offload_activations=true, --quantization nf4 or a smaller --lora-r"
 

@@ -132,7 +132,8 @@ class TrainConfig(Section):
     max_steps: Positive | None = Field(None, description="Optimizer steps; epochs do not count then.")
     batch_pairs: Positive = Field(16, description="Pairs per optimizer step.")
     tokens_per_microbatch: Positive | None = Field(
-        None, description="Positions of one forward pass; if empty, the most that fits is found before the first step."
+        None,
+        description="Positions of one forward pass; if empty, what fits of 8,192 (GPU) or 4,096 (CPU) is found first.",
     )
     pairs_per_microbatch: Positive | None = Field(None, description="Most pairs of one forward pass, if it is limited.")
     cache_reference: Literal["auto", "on", "off"] = Field(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class _WithAdapter(torch.autograd.Function):
-    """base(x) + scaling * x @ A.T @ B.T for a frozen base. In float16 and bfloat16, products of A and B are rounded so.
+    """base(x) + scaling * x @ A.T @ B.T for a frozen base; in 16 bits, products with A and with B are rounded to them.
 
     Args:
         x: [..., I] in the compute dtype.
@@ -40,7 +40,7 @@ class _WithAdapter(torch.autograd.Function):
             out = torch.addmm(out_TO, low_Tr, rounded_B.t(), alpha=scaling).view_as(out)
         ctx.save_for_backward(x_TI, rounded_A, rounded_B, low_Tr)
         ctx.base, ctx.scaling, ctx.shape, ctx.dtypes = base, scaling, x.shape, (lora_A.dtype, lora_B.dtype)
-        return out
+        return torch.ops.aten._unsafe_view(out, out.shape)  # of a view, autograd would let nobody change the values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,10 +69,10 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
 
 
 def join_adapters(model: nn.Module, *, in_place: bool = True) -> int:
-    """Let the LoRA layers of a PEFT model compute themselves so; returns how many linear layers do.
+    """Make the LoRA layers of a PEFT model use this operation; returns how many linear layers do.
 
-    The others stay PEFT's: embeddings, GPT-2's Conv1D, int8. So does, whenever it is called, a layer that is more than
-    one plain adapter: with dropout, a bias or DoRA, merged, or with several adapters at once.
+    The others stay PEFT's: embeddings, GPT-2's Conv1D, int8. PEFT's forward also serves, decided at each call, a layer
+    that is more than one plain adapter: with dropout, a bias or DoRA, merged, or with several adapters at once.
 
     Args:
         in_place: False where somebody keeps the outputs of base layers, as selective checkpointing does.
@@ -98,10 +98,12 @@ def _joined_forward(separate: Any, in_place: bool) -> Any:
         name = _plain_adapter(layer)
         if args or kwargs or name is None:
             return separate(layer, x, *args, **kwargs)
+        given, base = x.dtype, layer.base_layer
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return _WithAdapter.apply(x, *weights, layer.base_layer, layer.scaling[name], in_place)
+        out = _WithAdapter.apply(x, *weights, base, layer.scaling[name], in_place)
+        return out if type(base) is nn.Linear else out.to(given)  # as the base alone would give it
 
     return forward
 

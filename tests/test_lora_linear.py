@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.layer import Linear
+from transformers import OlmoConfig
 
 from sampo_cli.activations import Checkpointing
 from sampo_cli.batch import Draw, collate
@@ -14,7 +17,7 @@ from sampo_cli.config import LoraSection, ModelConfig
 from sampo_cli.lora import add_adapter
 from sampo_cli.lora_linear import join_adapters
 from sampo_cli.model import load_policy
-from sampo_cli.policy import Policy, base, reference
+from sampo_cli.policy import REFERENCE_ADAPTER, Policy, base, reference
 from tests import tiny
 from tests.test_layout import ATTENTION, make_pairs
 
@@ -54,13 +57,23 @@ def peft_again(model: torch.nn.Module) -> None:
     ],
 )
 def test_log_probs_and_gradients_are_those_of_peft(
-    name: str, quantization: str, dtype: str, checkpointing: Checkpointing, tmp_path: Path
+    name: str,
+    quantization: str,
+    dtype: str,
+    checkpointing: Checkpointing,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tiny.save_model(tiny.CONFIGS[name](), tmp_path / name)
     config = ModelConfig(name=str(folder), quantization=quantization, dtype=dtype)
     policy, _ = load_policy(config, LoraSection(r=4, rslora=True), seed=0, checkpointing=checkpointing)
     spread(policy)
-    joined = gradients(policy)
+    with monkeypatch.context() as patch:
+        if name != "gpt2":  # whose layers are Conv1D
+            for layer in (Linear, Linear4bit):
+                patch.setattr(layer, "forward", None)  # calling PEFT's raises
+        join_adapters(policy, in_place=checkpointing != "selective")
+        joined = gradients(policy)
     peft_again(policy)
     separate = gradients(policy)
     nats, share = ROUNDING[dtype]
@@ -78,6 +91,54 @@ def test_an_adapter_of_zeros_is_its_base_exactly(tiny_llama: Path, quantization:
     with base(policy), torch.no_grad():
         before = policy(batch)
     assert torch.equal(policy(batch), before)
+
+
+def test_a_norm_that_autocast_computes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA's does with `nn.LayerNorm`: a 4-bit layer then gives float32, and so must the one with an adapter."""
+    folder = tiny.save_model(tiny.CONFIGS["gpt_neox"](), tmp_path / "neox")
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda norm, x: _normed(norm, x.float()))
+    policy, _ = load_policy(ModelConfig(name=str(folder), dtype="bfloat16"), LoraSection(r=4), seed=0)
+    batch = collate(make_pairs(), Draw("sum", 0, 0), policy.layout)
+    with reference(policy):
+        before = policy(batch)
+    assert torch.equal(policy(batch), before)
+
+
+def _normed(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+@pytest.mark.parametrize("checkpointing", ["all", "selective"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_may_be_changed_in_place_afterwards(tmp_path: Path, bias: bool, checkpointing: Checkpointing) -> None:
+    """OLMo clips queries, keys and values."""
+    config = OlmoConfig(**tiny.SIZES, clip_qkv=0.5, attention_bias=bias)
+    model = ModelConfig(name=str(tiny.save_model(config, tmp_path / "olmo")), quantization="none", dtype="float32")
+    policy, _ = load_policy(model, LoraSection(r=4), seed=0, checkpointing=checkpointing)
+    spread(policy)
+    joined = gradients(policy)
+    peft_again(policy)
+    for ours, theirs in zip(joined, gradients(policy), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activate", [True, False])
+def test_a_frozen_adapter_that_is_the_reference(tiny_llama: Path, tmp_path: Path, activate: bool) -> None:
+    """Two adapters in each layer, of which one is active: its numbers are PEFT's."""
+    made = add_adapter(tiny.make_model(tiny.CONFIGS["llama"]()), LoraSection(r=4), seed=0)
+    spread(made)
+    made.save_pretrained(tmp_path / "adapter")
+    config = ModelConfig(name=str(tiny_llama), quantization="none", dtype="float32")
+    policy, _ = load_policy(config, LoraSection(r=4), seed=0)
+    policy.model.load_adapter(str(tmp_path / "adapter"), adapter_name=REFERENCE_ADAPTER, is_trainable=False)
+    batch = collate(make_pairs(), Draw("sum", 0, 0), policy.layout)
+    found = []
+    for joined in (True, False):
+        if not joined:
+            peft_again(policy)
+        with reference(policy) if activate else torch.no_grad():
+            found.append(policy(batch))
+    torch.testing.assert_close(found[0], found[1], atol=5e-5, rtol=0)
 
 
 @pytest.fixture

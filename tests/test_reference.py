@@ -76,7 +76,7 @@ def test_also_where_other_tokens_are_scored(tiny_llama: Path, tmp_path: Path, se
 def test_the_reference_is_not_computed_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(make_recipe(tiny_llama, train=TWICE), tmp_path / "run")
     trainer.prepare_reference()
-    monkeypatch.setattr(trainer.raw_policy.model, "disable_adapter", None)  # calling it raises
+    monkeypatch.setattr(trainer.raw_policy, "adapted", None)  # switching adapters off raises
     row = trainer.train_step([0, 1, 2], 0)
     assert row["margin"] == pytest.approx(0, abs=1e-5)
 
