@@ -83,7 +83,8 @@ def parse_variant(text: str, method: str) -> Variant:
         UsageError: a part is neither a method, nor a change with a name, nor section.key=value.
     """
     changes: list[str] = []
-    for part in text.split("+"):
+    parts = text.split("+")
+    for part in parts:
         if part in METHODS:
             method = part
         elif part in CHANGES:
@@ -93,7 +94,6 @@ def parse_variant(text: str, method: str) -> Variant:
         else:
             known = ", ".join(CHANGES)
             raise UsageError(f"variant '{text}': '{part}' is unknown", hint=f"a method, {known} or section.key=value")
-    parts = text.split("+")
     return Variant(text, method, tuple(changes), UNSORTED not in parts, PEFT_LAYERS not in parts)
 
 

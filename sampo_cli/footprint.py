@@ -102,7 +102,7 @@ class Rehearsal:
         with torch.device("meta"):
             model = with_adapter(base, recipe.model, recipe.lora)
         set_checkpointing(base, recipe.train.checkpointing)
-        join_adapters(model, in_place=recipe.train.checkpointing != "selective")
+        join_adapters(model, recipe.train.checkpointing)
         if cuda:
             without_casts(model)
         self.layout: Layout = "separate" if is_state_space(type(base)) else "shared"
@@ -135,7 +135,7 @@ class Rehearsal:
             raise ModelError(f"the memory of {name} cannot be predicted: what its own kernels need is not known")
         try:
             phases = self._at_full_depth(pairs, others=others)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"the memory of {name} cannot be predicted: {first_line(error)}") from error
         constant = self._constant()
         peak = max(phases, key=lambda parts: sum(parts.values()))

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sampo_cli.activations import Checkpointing
+from sampo_cli.sharding import is_sharded
+
 
 class _WithAdapter(torch.autograd.Function):
     """base(x) + scaling * x @ A.T @ B.T for a frozen base; in 16 bits, products with A and with B are rounded to them.
@@ -68,17 +71,21 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(base.weight, state).to(dtype)
 
 
-def join_adapters(model: nn.Module, *, in_place: bool = True) -> int:
+def join_adapters(model: nn.Module, checkpointing: Checkpointing = "none") -> int:
     """Make the LoRA layers of a PEFT model use this operation; returns how many linear layers do.
 
     The others stay PEFT's: embeddings, GPT-2's Conv1D, int8. PEFT's forward also serves, decided at each call, a layer
-    that is more than one plain adapter: with dropout, a bias or DoRA, merged, or with several adapters at once.
+    that is more than one plain adapter: with dropout, a bias or DoRA, merged, or with several adapters at once. None is
+    joined of a sharded base, whose weights are gathered when PEFT calls a layer.
 
     Args:
-        in_place: False where somebody keeps the outputs of base layers, as selective checkpointing does.
+        checkpointing: `selective` keeps outputs of base layers, which are not to be written to then.
     """
     from peft.tuners.lora import LoraLayer
 
+    if is_sharded():
+        return 0
+    in_place = checkpointing != "selective"
     joined = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module.base_layer)]
     for module in joined:
         module.forward = MethodType(_joined_forward(type(module).forward, in_place), module)

@@ -236,8 +236,7 @@ def load_policy(
         adapter.base_model_name_or_path = str(local_folder(config.name) or config.name)
         adapter.revision = config.revision
     set_checkpointing(base, checkpointing)
-    if not is_sharded():  # who shards gathers a layer's weights when PEFT calls it
-        join_adapters(model, in_place=checkpointing != "selective")
+    join_adapters(model, checkpointing)
     policy = Policy(model, dtype=pick_dtype(config.dtype, device), offload=offload)
     sizes = Sizes.of(model)
     if is_sharded():

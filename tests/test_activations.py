@@ -98,7 +98,7 @@ def watched(offload: Offload) -> Iterator[list[tuple[torch.Tensor, bool]]]:
 def checkpoint(policy: Policy, checkpointing: Checkpointing) -> None:
     """What `load_policy` does."""
     set_checkpointing(policy.causal_lm, checkpointing)
-    join_adapters(policy, in_place=checkpointing != "selective")
+    join_adapters(policy, checkpointing)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

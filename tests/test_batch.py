@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from sampo_cli.batch import Draw, Pair, collate, epoch_order, micro_batches, steps_per_epoch
+from sampo_cli.scores import by_response
 
 
 def make_pair(pair_id: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> Pair:
@@ -95,3 +97,17 @@ def test_micro_batches_are_cut_where_padding_would_cost_more_than_a_forward_pass
     assert cut([200, 100], 4096) == [[0, 1]]
     # 400, 390, 60, 50, 40: cut once, between 390 and 60.
     assert cut([60, 400, 50, 390, 40], 4096) == [[1, 3], [0, 2, 4]]
+    # With a budget of 16,384 one more pass costs 16,384 / 32 = 512: 400 of padding is less, 600 is more.
+    assert cut([1000, 600], 16384) == [[0, 1]]
+    assert cut([1000, 400], 16384) == [[0], [1]]
+    assert cut([1000, 600], 4096) == [[0], [1]]
+
+
+def test_a_sum_over_a_long_response_is_exact_but_for_its_last_rounding() -> None:
+    """-10.1 as a float32 is -10.1000003814697265625; 8,000 and 3,000 times that, rounded once."""
+    rng = np.random.default_rng(0)
+    pair = Pair(0, *(rng.integers(3, 9, n, dtype=np.int32) for n in (5, 8000, 3000)))
+    batch = collate([pair], Draw("sum", 0, 0))
+    chosen, rejected = by_response(batch, torch.full((11000,), -10.1))
+    assert (chosen.item(), rejected.item()) == (np.float32(-80800.0030517578125), np.float32(-30300.0011444091796875))
+    assert chosen.dtype == torch.float32

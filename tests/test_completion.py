@@ -201,7 +201,7 @@ def test_tab(place: Path, name: str, line: str, whole: str) -> None:
     setup = f"source {place}/script.{name}"
     if name == "zsh":
         setup = f"unsetopt ZLE_PROMPT_CR; autoload -Uz compinit; compinit -u -d {place}/dump; {setup}"
-    typed(place, [program, *plain], setup, line, re.escape(whole) + "[ /]")
+    assert whole in typed(place, [program, *plain], setup, line, re.escape(whole) + "[ /]")
 
 
 @pytest.mark.parametrize(("line", "whole"), TYPED)
@@ -217,10 +217,11 @@ def test_tab_in_fish(place: Path, line: str, whole: str) -> None:
 def test_a_key_of_a_recipe_gets_no_space_after_it(place: Path) -> None:
     program = shell("bash")
     script = f"source <(_SAMPO_COMPLETE=source_bash {place}/bin/sampo)"
-    typed(
+    shown = typed(
         place,
         [program, "--norc", "--noprofile", "-i"],
         script,
         "sampo train --set train.save",
         r"train\.save_every=$",
     )
+    assert shown.endswith("train.save_every=")

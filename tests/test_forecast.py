@@ -218,7 +218,7 @@ def test_the_optimizer_remembers_so_many_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 @pytest.mark.parametrize("most_pairs", [None, 3])
-@pytest.mark.parametrize("budget", [100, 900, 4000])
+@pytest.mark.parametrize("budget", [100, 900, 4000, 20000])
 def test_the_plan_of_an_epoch_is_that_of_its_steps(layout: Any, most_pairs: int | None, budget: int) -> None:
     """77 pairs in steps of 16, the last of 13."""
     lengths = make_lengths(77, 300)

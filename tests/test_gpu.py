@@ -21,6 +21,7 @@ from tests.test_attention import FLEXIBLE, traced
 from tests.test_cli import succeeds, train_flags
 from tests.test_layout import ATTENTION, make_pairs
 from tests.test_logprobs import plain
+from tests.test_lora_linear import peft_again
 
 pytestmark = [
     pytest.mark.gpu,
@@ -191,8 +192,7 @@ def test_joined_adapters_are_those_of_peft(tmp_path: Path) -> None:
     for dtype in TOLERANCES:
         policy, _ = load(folder, quantization="nf4", dtype=dtype, attention="sdpa", kernels="none")
         joined = outcome(policy, batch)
-        for module in policy.modules():
-            vars(module).pop("forward", None)
+        peft_again(policy)
         assert_alike(joined, outcome(policy, batch), dtype)
 
 

@@ -127,6 +127,7 @@ def test_killed_at_random_times(setting: Setting, whole: tuple[Path, float, int]
 @pytest.mark.long
 def test_killed_at_fifty_random_times(setting: Setting, whole: tuple[Path, float, int]) -> None:
     kills, runs = killed_at_random(setting, whole, kills=50, seed=2)
+    assert kills == 50
     record(f"{kills} random moments in {runs} runs, all bitwise the undisturbed run")
 
 

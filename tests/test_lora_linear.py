@@ -72,7 +72,7 @@ def test_log_probs_and_gradients_are_those_of_peft(
         if name != "gpt2":  # whose layers are Conv1D
             for layer in (Linear, Linear4bit):
                 patch.setattr(layer, "forward", None)  # calling PEFT's raises
-        join_adapters(policy, in_place=checkpointing != "selective")
+        join_adapters(policy, checkpointing)
         joined = gradients(policy)
     peft_again(policy)
     separate = gradients(policy)
